@@ -1,0 +1,422 @@
+"""The arguments of each op, checked: one dataclass per op, whose ``check`` raises before any kernel starts.
+
+Every message names the argument, what it got and what it takes. The same checks run for real tensors and for fake ones
+with symbolic sizes: conditions on sizes go through ``torch._check_*``, so that a traced token count stays symbolic.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES, SCALE_ROUNDINGS
+from .layouts import LAYOUTS, Layout, padded_intermediate
+
+ROUTING_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""dtypes of ``topk_weights`` and of the biases."""
+
+ACTIVATION_DTYPES = ("mxfp8", "bf16")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _either(options) -> str:
+    names = [_name(o) if isinstance(o, torch.dtype) else repr(o) for o in options]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Base of the ops' arguments. ``op`` is the op's name in messages."""
+
+    op = "op"
+
+    def _value(self, condition, name: str, got: object, takes: str) -> None:
+        torch._check_value(condition, lambda: f"{self.op}: {name} {got}; it takes {takes}")
+
+    def _dtype(self, name: str, tensor: torch.Tensor, options: tuple[torch.dtype, ...]) -> None:
+        if tensor.dtype not in options:
+            raise TypeError(f"{self.op}: {name} has dtype {_name(tensor.dtype)}; it takes {_either(options)}")
+
+    def _rank(self, name: str, tensor: torch.Tensor, dims: str) -> None:
+        rank = len(dims.split(","))
+        self._value(tensor.dim() == rank, name, f"has {tensor.dim()} dimensions", f"{rank}, [{dims}]")
+
+    def _shape(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dims: str) -> None:
+        takes = f"[{', '.join(map(str, shape))}] ({dims})"
+        self._value(tensor.dim() == len(shape), name, f"has {tensor.dim()} dimensions", takes)
+        for got, want in zip(tensor.shape, shape):
+            self._value(got == want, name, f"has shape {list(tensor.shape)}", takes)
+
+    def _one_of(self, name: str, value: str, options) -> None:
+        if value not in options:
+            raise ValueError(f"{self.op}: {name} is {value!r}; it takes {_either(options)}")
+
+    def _strided(self, name: str, tensor: torch.Tensor) -> None:
+        """Plain dense memory, last stride 1; anything before that may have any stride."""
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{self.op}: {name} has layout {tensor.layout}; it takes torch.strided")
+        if tensor.dim() and tensor.shape[-1] != 1:
+            got = f"has strides {list(tensor.stride())}"
+            self._value(tensor.stride(-1) == 1, name, got, "a last stride of 1 (call .contiguous())")
+
+    def _contiguous(self, name: str, tensor: torch.Tensor) -> None:
+        self._strided(name, tensor)
+        self._value(tensor.is_contiguous(), name, f"has strides {list(tensor.stride())}", "contiguous memory")
+
+    def _same_device(self, first: str, **tensors: torch.Tensor | None) -> None:
+        device = tensors[first].device
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"{self.op}: {name} is on {tensor.device}; it takes the device of {first}, {device}")
+
+    def _inference_only(self, *tensors: torch.Tensor | None) -> None:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            raise RuntimeError(
+                f"{self.op} is inference only and has no gradient, but an input requires one; "
+                "call it under torch.no_grad() or torch.inference_mode(), or detach its inputs"
+            )
+
+    def _not_overlapping(self, name: str, out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+        for other, tensor in inputs.items():
+            if tensor is not None and overlap(out, tensor):
+                raise ValueError(
+                    f"{self.op}: {name} shares memory with {other}; it takes memory of its own, since inputs are read "
+                    "while it is written"
+                )
+
+
+def _extent(x: torch.Tensor) -> tuple[int, int]:
+    """First byte of x and first byte after it."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two real tensors may share a byte: exact for column slices of one buffer, else by their extents."""
+    if any(type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter) for x in (a, b)):
+        return False  # fake and other tensors without memory of their own
+    if a.device != b.device or a.device.type == "meta" or 0 in (a.numel(), b.numel()):
+        return False
+    (a_first, a_end), (b_first, b_end) = _extent(a), _extent(b)
+    if a_end <= b_first or b_end <= a_first:
+        return False
+    if a.dim() == b.dim() == 2:
+        pitch = a.stride(0) * a.element_size()
+        a_width, b_width = (x.shape[1] * x.element_size() for x in (a, b))
+        if pitch == b.stride(0) * b.element_size() and max(a_width, b_width) <= pitch:
+            distance = (b_first - a_first) % pitch
+            return distance < a_width or pitch - distance < b_width
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Quantize(Call):
+    """``quantize_1x32``: x [..., C]."""
+
+    x: torch.Tensor
+    scale_rounding: str = "rceil"
+
+    op = "quantize_1x32"
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def check(self) -> "Quantize":
+        self._dtype("x", self.x, HIGH_PRECISION_DTYPES)
+        self._value(self.x.dim() >= 1, "x", "has 0 dimensions", "1 or more, [..., C]")
+        columns = self.x.shape[-1]
+        self._value(columns % BLOCK == 0, "x", f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
+        self._strided("x", self.x)
+        self._one_of("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
+        self._inference_only(self.x)
+        return self
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        *lead, columns = self.x.shape
+        return (*lead, columns // BLOCK)
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantize(Call):
+    """``dequantize_1x32``: data [..., C], scale [..., C/32]."""
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
+
+    op = "dequantize_1x32"
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def check(self) -> "Dequantize":
+        self._dtype("data", self.data, (torch.float8_e4m3fn,))
+        self._dtype("scale", self.scale, SCALE_DTYPES)
+        if self.dtype not in HIGH_PRECISION_DTYPES:
+            raise TypeError(f"{self.op}: dtype is {_name(self.dtype)}; it takes {_either(HIGH_PRECISION_DTYPES)}")
+        self._value(self.data.dim() >= 1, "data", "has 0 dimensions", "1 or more, [..., C]")
+        *lead, columns = self.data.shape
+        self._value(columns % BLOCK == 0, "data", f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
+        self._shape("scale", self.scale, (*lead, columns // BLOCK), "the shape of data, C/32 for C")
+        self._strided("data", self.data)
+        self._strided("scale", self.scale)
+        self._same_device("data", data=self.data, scale=self.scale)
+        self._inference_only(self.data, self.scale)
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Preshuffle(Call):
+    """``preshuffle``: weight [E, R, C] and scale [E, R, C/32] in checkpoint order (see ``layouts`` for E, R, C)."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    layout: str
+    gate_up: bool
+    pad_to: int = 1
+    out_weight: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+
+    op = "preshuffle"
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def arrangement(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    @cached_property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """Of the result: [E, R, C], I rounded up."""
+        return padded_intermediate(tuple(self.weight.shape), self.gate_up, self.pad_to)
+
+    @cached_property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return self.arrangement.scale_shape(*self.weight_shape)
+
+    def check(self) -> "Preshuffle":
+        self._dtype("weight", self.weight, (torch.float8_e4m3fn,))
+        self._dtype("scale", self.scale, SCALE_DTYPES)
+        self._one_of("layout", self.layout, LAYOUTS)
+        self._rank("weight", self.weight, "E, 2I, H" if self.gate_up else "E, H, I")
+        experts, rows, columns = self.weight.shape
+        self._value(columns % BLOCK == 0, "weight", f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
+        got = f"has shape {list(self.weight.shape)}"
+        self._value(columns > 0, "weight", got, "no empty rows or columns")
+        self._value(rows > 0, "weight", got, "no empty rows or columns")
+        if self.gate_up:
+            takes = f"2I rows, I divisible by {BLOCK}, when gate_up is True"
+            self._value(rows % (2 * BLOCK) == 0, "weight", f"has {rows} rows", takes)
+        else:
+            self._value(rows % BLOCK == 0, "weight", f"has {rows} rows", f"H rows, H divisible by {BLOCK}")
+        self._shape("scale", self.scale, (experts, rows, columns // BLOCK), "the shape of weight, C/32 for C")
+        self._contiguous("weight", self.weight)
+        self._contiguous("scale", self.scale)
+        self._same_device("weight", weight=self.weight, scale=self.scale)
+        valid_pad = self.pad_to == 1 or (self.pad_to > 0 and self.pad_to % BLOCK == 0)
+        self._value(valid_pad, "pad_to", f"is {self.pad_to}", f"1 or a positive multiple of {BLOCK}")
+        _, rows, columns = self.weight_shape
+        reason = self.arrangement.why_not(rows, columns, self.gate_up)
+        if reason:
+            raise ValueError(f"{self.op}: weight does not fit: {reason}; pad_to rounds the intermediate size up")
+        if self.out_weight is not None:
+            self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
+            self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
+            self._shape("out_weight", self.out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
+            self._shape("out_scale", self.out_scale, self.scale_shape, "the layout's scale shape")
+            self._contiguous("out_weight", self.out_weight)
+            self._contiguous("out_scale", self.out_scale)
+            self._same_device(
+                "weight", weight=self.weight, out_weight=self.out_weight, out_scale=self.out_scale
+            )
+            self._not_overlapping("out_weight", self.out_weight, weight=self.weight, scale=self.scale)
+            self._not_overlapping(
+                "out_scale", self.out_scale, weight=self.weight, scale=self.scale, out_weight=self.out_weight
+            )
+        self._inference_only(self.weight, self.scale, self.out_weight, self.out_scale)
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class FusedMoe(Call):
+    """``fused_moe``; see ``ops.fused_moe`` for what each argument is."""
+
+    hidden_states: torch.Tensor
+    w1: torch.Tensor
+    w1_scale: torch.Tensor
+    w2: torch.Tensor
+    w2_scale: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    hidden_states_scale: torch.Tensor | None = None
+    w1_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+    num_tokens: torch.Tensor | None = None
+    swiglu_alpha: float = 1.0
+    swiglu_beta: float = 0.0
+    swiglu_limit: float | None = None
+    apply_router_weight_on_input: bool = False
+    layout: str = "row_major"
+    activation_dtype: str = "mxfp8"
+    backend: str = "auto"
+    out_dtype: torch.dtype | None = None
+    out: torch.Tensor | None = None
+
+    op = "fused_moe"
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden_states.device
+
+    @property
+    def tokens(self):
+        """T, an int or a symbolic one."""
+        return self.hidden_states.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.w1.shape[2]
+
+    @property
+    def intermediate(self) -> int:
+        """I, padding included."""
+        return self.w2.shape[2]
+
+    @property
+    def experts(self) -> int:
+        """E, the local experts."""
+        return self.w1.shape[0]
+
+    @property
+    def topk(self) -> int:
+        """K."""
+        return self.topk_ids.shape[1]
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        if self.out is not None:
+            return self.out.dtype
+        if self.out_dtype is not None:
+            return self.out_dtype
+        return torch.bfloat16 if self.hidden_states_scale is not None else self.hidden_states.dtype
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the call reads, by the name of its argument."""
+        names = (
+            "hidden_states", "w1", "w1_scale", "w2", "w2_scale", "topk_weights", "topk_ids",
+            "hidden_states_scale", "w1_bias", "w2_bias", "expert_map", "num_tokens",
+        )  # fmt: skip
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+
+    def check(self) -> "FusedMoe":
+        self._check_weights()
+        self._check_activations()
+        self._check_routing()
+        self._check_options()
+        self._same_device("hidden_states", **self.inputs)
+        if self.out is not None:
+            self._check_out(self.out)
+        self._inference_only(*self.inputs.values(), self.out)
+        return self
+
+    def _check_weights(self) -> None:
+        self._one_of("layout", self.layout, LAYOUTS)
+        layout = LAYOUTS[self.layout]
+        for name in ("w1", "w2"):
+            self._dtype(name, getattr(self, name), (torch.float8_e4m3fn,))
+            self._dtype(f"{name}_scale", getattr(self, f"{name}_scale"), SCALE_DTYPES)
+        self._rank("w1", self.w1, "E, 2I, H")
+        experts, rows, hidden = self.w1.shape
+        got = f"has shape {list(self.w1.shape)}"
+        self._value(experts > 0, "w1", got, "at least one expert")
+        self._value(hidden > 0, "w1", got, "a hidden size above 0")
+        self._value(hidden % BLOCK == 0, "w1", got, f"a hidden size divisible by {BLOCK}, [E, 2I, H]")
+        self._value(rows > 0, "w1", got, "an intermediate size above 0")
+        self._value(rows % (2 * BLOCK) == 0, "w1", got, f"an intermediate size divisible by {BLOCK}, [E, 2I, H]")
+        intermediate = rows // 2
+        self._shape("w2", self.w2, (experts, hidden, intermediate), "E, H, I of w1 [E, 2I, H]")
+        for gate_up, shape in ((True, (rows, hidden)), (False, (hidden, intermediate))):
+            reason = layout.why_not(*shape, gate_up)
+            if reason:
+                raise ValueError(f"{self.op}: {'w1' if gate_up else 'w2'} {got}: {reason}")
+            name = "w1_scale" if gate_up else "w2_scale"
+            scale_shape = layout.scale_shape(experts, *shape)
+            self._shape(name, getattr(self, name), scale_shape, f"for these weights in layout '{self.layout}'")
+        for name in ("w1", "w1_scale", "w2", "w2_scale"):
+            self._contiguous(name, getattr(self, name))
+        for name, size in (("w1_bias", rows), ("w2_bias", hidden)):
+            bias = getattr(self, name)
+            if bias is not None:
+                self._dtype(name, bias, ROUTING_WEIGHT_DTYPES)
+                self._shape(name, bias, (experts, size), "E, 2I" if name == "w1_bias" else "E, H")
+                self._contiguous(name, bias)
+
+    def _check_activations(self) -> None:
+        x, scale = self.hidden_states, self.hidden_states_scale
+        if scale is None and x.dtype is torch.float8_e4m3fn:
+            raise TypeError(f"{self.op}: hidden_states has dtype float8_e4m3fn; it takes hidden_states_scale beside it")
+        self._dtype("hidden_states", x, HIGH_PRECISION_DTYPES if scale is None else (torch.float8_e4m3fn,))
+        self._rank("hidden_states", x, "T, H")
+        self._value(x.shape[1] == self.hidden, "hidden_states", f"has shape {list(x.shape)}", f"[T, {self.hidden}]")
+        self._strided("hidden_states", x)
+        if scale is not None:
+            self._dtype("hidden_states_scale", scale, SCALE_DTYPES)
+            self._shape("hidden_states_scale", scale, (x.shape[0], self.hidden // BLOCK), "T, H/32")
+            self._strided("hidden_states_scale", scale)
+
+    def _check_routing(self) -> None:
+        self._dtype("topk_weights", self.topk_weights, ROUTING_WEIGHT_DTYPES)
+        self._dtype("topk_ids", self.topk_ids, (torch.int32, torch.int64))
+        self._rank("topk_ids", self.topk_ids, "T, K")
+        topk = self.topk_ids.shape[1]
+        self._value(topk > 0, "topk_ids", f"has shape {list(self.topk_ids.shape)}", "at least one expert per token")
+        self._shape("topk_ids", self.topk_ids, (self.tokens, topk), "T of hidden_states, K")
+        self._shape("topk_weights", self.topk_weights, (self.tokens, topk), "the shape of topk_ids, T, K")
+        self._strided("topk_ids", self.topk_ids)
+        self._strided("topk_weights", self.topk_weights)
+        if self.expert_map is not None:
+            self._dtype("expert_map", self.expert_map, (torch.int32,))
+            self._rank("expert_map", self.expert_map, "G")
+            self._contiguous("expert_map", self.expert_map)
+        if self.num_tokens is not None:
+            self._dtype("num_tokens", self.num_tokens, (torch.int32,))
+            shape = list(self.num_tokens.shape)
+            self._value(self.num_tokens.numel() == 1, "num_tokens", f"has shape {shape}", "one element")
+
+    def _check_options(self) -> None:
+        for name in ("swiglu_alpha", "swiglu_beta"):
+            value = getattr(self, name)
+            self._value(math.isfinite(value), name, f"is {value}", "a finite number")
+        limit = self.swiglu_limit
+        if limit is not None:
+            self._value(math.isfinite(limit) and limit > 0, "swiglu_limit", f"is {limit}", "None or a finite number > 0")
+        self._one_of("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
+        if self.apply_router_weight_on_input:
+            got = f"is True with {self.topk} experts per token"
+            self._value(self.topk == 1, "apply_router_weight_on_input", got, "one expert per token (K = 1)")
+        if self.out_dtype is not None and self.out_dtype not in HIGH_PRECISION_DTYPES:
+            takes = _either(HIGH_PRECISION_DTYPES)
+            raise TypeError(f"{self.op}: out_dtype is {_name(self.out_dtype)}; it takes {takes}")
+
+    def _check_out(self, out: torch.Tensor) -> None:
+        self._dtype("out", out, HIGH_PRECISION_DTYPES)
+        self._shape("out", out, (self.tokens, self.hidden), "T, H")
+        self._strided("out", out)
+        self._same_device("hidden_states", hidden_states=self.hidden_states, out=out)
+        if isinstance(self.tokens, int) and self.tokens > 1:
+            got, takes = f"has strides {list(out.stride())}", f"a row stride of {self.hidden} or more"
+            self._value(out.stride(0) >= self.hidden, "out", got, takes)
+        self._not_overlapping("out", out, **self.inputs)

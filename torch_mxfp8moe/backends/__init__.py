@@ -1,0 +1,56 @@
+"""The backends: who can compute the ops, asked by name and in order of preference.
+
+A backend is one module ``torch_mxfp8moe/backends/<name>/`` that defines ``BACKEND``, an object of a class derived from
+:class:`Backend`. Nothing else needs to know of it: the registry finds the module, and the module imports its vendor's
+package only inside the functions that are asked about it. A "no" is always a string that says why.
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+
+import torch
+
+from ..arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+
+
+class Backend:
+    """One implementation of the ops. Each method may assume what ``why_not`` of the same call has granted."""
+
+    name: str
+    priority: int
+    """``backend="auto"`` asks the backend with the highest number first."""
+    description: str
+    """One line for the table of backends."""
+
+    def why_unavailable(self) -> str | None:
+        """Why this backend cannot be used on this machine at all, or None if it can."""
+        raise NotImplementedError
+
+    def why_not(self, call: Call) -> str | None:
+        """Why this backend does not serve ``call``, whose arguments are valid, or None if it does."""
+        raise NotImplementedError
+
+    def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> data [..., C] e4m3fn, scale [..., C/32] uint8."""
+        raise NotImplementedError
+
+    def dequantize_1x32(self, call: Dequantize) -> torch.Tensor:
+        """-> [..., C] in ``call.dtype``."""
+        raise NotImplementedError
+
+    def preshuffle(self, call: Preshuffle) -> None:
+        """Writes ``call.out_weight`` and ``call.out_scale``."""
+        raise NotImplementedError
+
+    def fused_moe(self, call: FusedMoe) -> None:
+        """Writes ``call.out``."""
+        raise NotImplementedError
+
+
+@cache
+def registered() -> dict[str, Backend]:
+    """Every backend of this package by name, the most preferred first."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    backends = sorted((module.BACKEND for module in modules), key=lambda backend: -backend.priority)
+    return {backend.name: backend for backend in backends}

@@ -1,0 +1,63 @@
+"""The C++ kernels of ``csrc/cpu``.
+
+CPU tensors reach them straight from PyTorch's dispatcher, without Python, and come to Python only with arguments that
+the C++ kernel does not take, for the error message or another backend. What is served from here is ``preshuffle``, whose
+permutations :mod:`torch_mxfp8moe.layouts` holds.
+"""
+
+import torch
+
+from ... import extension
+from ...arguments import Call, FusedMoe, Preshuffle
+from ...formats import SCALE_ONE, as_bytes
+from ...layouts import Permutation
+from .. import Backend
+
+
+def _scatter(source: torch.Tensor, permutation: Permutation, shape: tuple[int, int, int], gate_up: bool, out) -> None:
+    """source [E, R, C] bytes -> its places in ``out``, which holds a permuted tensor of ``shape`` (R, C or more)."""
+    experts, source_rows, source_columns = source.shape
+    rows, columns, run = permutation.offsets(shape)
+    if shape[1] != source_rows:  # gate_up: each half of the rows was padded
+        assert gate_up
+        rows = rows.unflatten(1, (2, -1))[:, :, : source_rows // 2].reshape(experts, source_rows)
+    columns = columns[: source_columns // run]
+    torch.ops.mxfp8moe._scatter_rows(source.view(-1, source_columns), rows.reshape(-1), columns, out)
+
+
+class Cpu(Backend):
+    name = "cpu"
+    priority = 100
+    description = "C++ kernels for CPU tensors"
+
+    def why_unavailable(self) -> str | None:
+        return extension.WHY_MISSING
+
+    def why_not(self, call: Call) -> str | None:
+        if call.device.type != "cpu":
+            return f"the tensors are on {call.device}, not on the CPU"
+        if isinstance(call, FusedMoe) and call.layout != "row_major":
+            return f"it reads weights in layout 'row_major', not '{call.layout}'"
+        return None
+
+    def preshuffle(self, call: Preshuffle) -> None:
+        layout, shape, gate_up = call.arrangement, call.weight_shape, call.gate_up
+        scale_shape = (*shape[:2], layout.padded_scale_columns(shape[2]))
+        weight, scale = call.weight.view(torch.uint8), as_bytes(call.scale)
+        out_weight, out_scale = call.out_weight.view(torch.uint8), as_bytes(call.out_scale)
+        if out_weight.numel() != weight.numel():
+            out_weight.zero_()
+        if out_scale.numel() != scale.numel():
+            out_scale.fill_(SCALE_ONE)
+        _scatter(weight, layout.weight[gate_up], shape, gate_up, out_weight)
+        _scatter(scale, layout.scale[gate_up], scale_shape, gate_up, out_scale)
+
+    def _reached_from_python(self, call: Call):
+        raise RuntimeError(
+            f"{call.op}: the C++ kernel refused arguments that Python accepts; please report this call: {call}"
+        )
+
+    quantize_1x32 = dequantize_1x32 = fused_moe = _reached_from_python
+
+
+BACKEND = Cpu()

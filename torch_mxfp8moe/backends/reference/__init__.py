@@ -1,0 +1,46 @@
+"""The plain-PyTorch definition as a backend: every call, every device, slow."""
+
+from ... import reference
+from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from .. import Backend
+
+
+class Reference(Backend):
+    name = "reference"
+    priority = 0
+    description = "plain PyTorch, the definition; any device, slow"
+
+    def why_unavailable(self) -> str | None:
+        return None
+
+    def why_not(self, call: Call) -> str | None:
+        return None
+
+    def quantize_1x32(self, call: Quantize):
+        return reference.quantize_1x32(call.x, call.scale_rounding)
+
+    def dequantize_1x32(self, call: Dequantize):
+        return reference.dequantize_1x32(call.data, call.scale, call.dtype)
+
+    def preshuffle(self, call: Preshuffle) -> None:
+        weight, scale = reference.preshuffle(
+            call.weight, call.scale, layout=call.layout, gate_up=call.gate_up, pad_to=call.pad_to
+        )
+        call.out_weight.copy_(weight)
+        call.out_scale.view(scale.dtype).copy_(scale)
+
+    def fused_moe(self, call: FusedMoe) -> None:
+        result = reference.fused_moe(
+            **call.inputs,
+            swiglu_alpha=call.swiglu_alpha,
+            swiglu_beta=call.swiglu_beta,
+            swiglu_limit=call.swiglu_limit,
+            apply_router_weight_on_input=call.apply_router_weight_on_input,
+            layout=call.layout,
+            activation_dtype=call.activation_dtype,
+            out_dtype=call.result_dtype,
+        )
+        call.out.copy_(result)
+
+
+BACKEND = Reference()

@@ -1,0 +1,156 @@
+"""Who serves a call, and why the others do not.
+
+``backend="auto"`` takes the first backend, in the order of preference of :func:`.backends.registered`, that is usable
+here and supports the call. Naming one that cannot serve the call is an error with its reason. Probing never raises: a
+probe that fails is a "no" with the failure as its reason.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from .arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from .backends import Backend, registered
+
+
+def _unavailable(backend: Backend) -> str | None:
+    try:
+        return backend.why_unavailable()
+    except Exception as error:
+        return f"asking whether it is available raised {type(error).__name__}: {error}"
+
+
+def _why_not(backend: Backend, call: Call) -> str | None:
+    reason = _unavailable(backend)
+    if reason:
+        return reason
+    try:
+        return backend.why_not(call)
+    except Exception as error:
+        return f"asking whether it serves the call raised {type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend on this machine."""
+
+    name: str
+    usable: bool
+    reason: str | None
+    """Why it is not usable; None if it is."""
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.name:<10} {'usable' if self.usable else 'not usable: ' + self.reason} ({self.description})"
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name, in the order in which ``backend="auto"`` asks them: usable here, or why not.
+
+    Usable means that the backend can serve some call on this machine; :func:`explain` answers for one call.
+    """
+    result = {}
+    for name, backend in registered().items():
+        reason = _unavailable(backend)
+        result[name] = BackendStatus(name, reason is None, reason, backend.description)
+    return result
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves one call, and every reason for which the others do not. ``str()`` gives it to read."""
+
+    call: str
+    backend: str | None
+    """The name of the backend that serves the call; None if none does, and then the call itself raises."""
+    reasons: dict[str, str]
+    """Of every other backend: why it does not serve this call."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.call}: served by {self.backend}" if self.backend else f"{self.call}: no backend serves it"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def _described(call: Call) -> str:
+    if isinstance(call, FusedMoe):
+        return (
+            f"fused_moe on {call.device}, T={call.tokens} H={call.hidden} I={call.intermediate} E={call.experts} "
+            f"K={call.topk}, layout {call.layout}, activations {call.activation_dtype}"
+        )
+    return f"{call.op} on {call.device}"
+
+
+def explain_call(call: Call) -> Explanation:
+    """:func:`explain` for checked arguments."""
+    wanted = known_backend(call)
+    chosen, reasons = None, {}
+    for name, backend in registered().items():
+        reason = _why_not(backend, call)
+        if reason is None and wanted not in ("auto", name):
+            reason = f"the call names backend '{wanted}'"
+        elif reason is None and chosen is not None:
+            reason = f"it could, but '{chosen}' comes first"
+        if reason is None:
+            chosen = name
+        else:
+            reasons[name] = reason
+    return Explanation(_described(call), chosen, reasons)
+
+
+def known_backend(call: Call) -> str:
+    """The backend that ``call`` asks for: 'auto' or a registered name."""
+    wanted = getattr(call, "backend", "auto")
+    if wanted != "auto" and wanted not in registered():
+        names = ", ".join(map(repr, registered()))
+        raise ValueError(f"{call.op}: backend is {wanted!r}; it takes 'auto', {names}")
+    return wanted
+
+
+def select(call: Call) -> Backend:
+    """The backend that serves ``call``; raises ``NotImplementedError`` with every reason if there is none."""
+    wanted = known_backend(call)
+    for name, backend in registered().items():
+        if wanted in ("auto", name) and _why_not(backend, call) is None:
+            return backend
+    reasons = explain_call(call).reasons
+    if wanted != "auto":
+        raise NotImplementedError(f"{call.op}: backend '{wanted}' does not serve this call: {reasons[wanted]}")
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"{call.op}: no backend serves this call: {listed}")
+
+
+@torch.no_grad()
+def quantize_1x32(call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
+    """Data and scale of a checked call."""
+    return select(call).quantize_1x32(call)
+
+
+@torch.no_grad()
+def dequantize_1x32(call: Dequantize) -> torch.Tensor:
+    """The result of a checked call."""
+    return select(call).dequantize_1x32(call)
+
+
+@torch.no_grad()
+def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes the outputs of a checked call, allocated here if it has none."""
+    if call.out_weight is None:
+        call = dataclasses.replace(
+            call,
+            out_weight=call.weight.new_empty(call.weight_shape),
+            out_scale=call.scale.new_empty(call.scale_shape, dtype=torch.uint8),
+        )
+    select(call).preshuffle(call)
+    return call.out_weight, call.out_scale
+
+
+@torch.no_grad()
+def fused_moe(call: FusedMoe) -> torch.Tensor:
+    """Writes the output of a checked call, allocated here if it has none."""
+    if call.out is None:
+        out = call.hidden_states.new_empty((call.tokens, call.hidden), dtype=call.result_dtype)
+        call = dataclasses.replace(call, out=out)
+    select(call).fused_moe(call)
+    return call.out
