@@ -33,12 +33,13 @@ SCHEMAS = {
 }
 """Schema by op name, without the name. What the public ops take and return."""
 
-# What the C++ kernels call where they do not serve a call themselves: the Python kernel's result, or its error's text
-# (an exception cannot cross the stable ABI), in that order.
+# What the C++ kernels call where they do not serve a call themselves: the Python kernel's results, then its error's text
+# as UTF-8 bytes, empty if there was none. (No exception crosses the stable ABI, and torch_call_dispatcher of torch 2.13
+# mixes up results of different types.)
 _REFUSED_SCHEMAS = {
-    "_refused_quantize_1x32": '(Tensor x, *, str scale_rounding="rceil") -> (Tensor, Tensor, str)',
-    "_refused_dequantize_1x32": "(Tensor data, Tensor scale, *, ScalarType dtype) -> (Tensor, str)",
-    "_refused_fused_moe": f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None, Tensor(a!)? out=None) -> (Tensor, str)",
+    "_refused_quantize_1x32": '(Tensor x, *, str scale_rounding="rceil") -> (Tensor, Tensor, Tensor)',
+    "_refused_dequantize_1x32": "(Tensor data, Tensor scale, *, ScalarType dtype) -> (Tensor, Tensor)",
+    "_refused_fused_moe": f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None, Tensor(a!)? out=None) -> (Tensor, Tensor)",
 }
 # Private C++ kernels that Python calls.
 _EXTENSION_SCHEMAS = {
@@ -71,16 +72,18 @@ def _fused_moe_out(*args, **kwargs):
 
 
 def _or_error(kernel, outputs):
-    """``kernel`` with ``outputs`` tensors as a kernel that returns them and "", or empty ones and the error's text."""
+    """``kernel`` with ``outputs`` tensors as a kernel that returns them and its error's text (see _REFUSED_SCHEMAS)."""
 
     def wrapped(*args, **kwargs):
+        nothing = torch.empty(0, dtype=torch.uint8)
         try:
             result = kernel(*args, **kwargs)
         except Exception as error:
-            return *(torch.empty(0) for _ in range(outputs)), str(error) or type(error).__name__
+            text = (str(error) or type(error).__name__).encode()
+            return *(nothing for _ in range(outputs)), torch.frombuffer(bytearray(text), dtype=torch.uint8)
         if kwargs.get("out") is not None:
-            result = torch.empty(0)  # the caller holds it
-        return *(result if outputs > 1 else (result,)), ""
+            result = nothing  # the caller holds it
+        return *(result if outputs > 1 else (result,)), nothing
 
     return wrapped
 

@@ -54,7 +54,7 @@ def dequantize_1x32(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype 
     """
     factor = as_bytes(scale).contiguous().view(torch.float8_e8m0fnu).float()
     blocks = data.float().unflatten(-1, (data.shape[-1] // BLOCK, BLOCK))
-    return (blocks * factor.unsqueeze(-1)).flatten(-2).to(dtype)
+    return (blocks * factor.unsqueeze(-1)).flatten(-2).to(dtype).contiguous()
 
 
 @torch.no_grad()

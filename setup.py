@@ -1,0 +1,85 @@
+"""Builds torch_mxfp8moe: `pip install --no-build-isolation .` in an environment that has torch, setuptools, wheel, ninja.
+
+The C++ extension is built on LibTorch's stable ABI and CPython's limited API: one binary for torch 2.11 and later and
+for CPython 3.10 and later. Without a C++ compiler the package still installs, says so, and runs on the reference;
+MXFP8MOE_EXTENSION=require makes that an error, =skip does not try.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+MODE = os.environ.get("MXFP8MOE_EXTENSION", "auto")
+if MODE not in ("auto", "require", "skip"):
+    sys.exit(f"MXFP8MOE_EXTENSION is '{MODE}'; it takes auto, require or skip")
+
+try:
+    import torch  # noqa: F401
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError:
+    sys.exit(
+        "torch_mxfp8moe builds against the torch that you run it with, and finds none. Install torch 2.11 or later "
+        "first, then: pip install --no-build-isolation ."
+    )
+
+LOUD = """
+==============================================================================================
+torch_mxfp8moe: THE C++ EXTENSION WAS NOT BUILT.
+{reason}
+The package is installed, but CPU tensors run on the plain-PyTorch reference, which is slow.
+It takes a C++17 compiler (such as Debian's g++) and ninja; then install it again.
+==============================================================================================
+"""
+
+
+class Build(BuildExtension):
+    """PyTorch's build_ext, but a failure is not the end unless the extension is required."""
+
+    def run(self):
+        try:
+            super().run()
+        except (Exception, SystemExit) as error:
+            if MODE == "require":
+                raise
+            print(LOUD.format(reason=f"{type(error).__name__}: {error}"), file=sys.stderr)
+            # pip hides a build's output: what is left beside the package makes it say so again at import.
+            for extension in self.extensions:
+                extension.optional = True
+
+    def copy_extensions_to_source(self):
+        if all(Path(self.get_ext_fullpath(e.name)).exists() or Path(self.build_lib).exists() for e in self.extensions):
+            super().copy_extensions_to_source()
+
+
+def extension() -> CppExtension:
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", f"-ffile-prefix-map={ROOT}=."]
+    macros = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")]
+    return CppExtension(
+        "torch_mxfp8moe._C",
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        define_macros=macros,
+        extra_compile_args={"cxx": flags},
+        py_limited_api=True,
+    )
+
+
+setup(
+    name="torch_mxfp8moe",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "torch_mxfp8moe/__init__.py").read_text()).group(1),
+    description="Mixture-of-experts layers on MXFP8 expert weights, as PyTorch ops",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11"],
+    extras_require={"test": ["pytest", "expecttest", "hypothesis", "numpy", "safetensors", "torchao==0.18.*"]},
+    packages=find_packages(include=["torch_mxfp8moe*"]),
+    ext_modules=[] if MODE == "skip" else [extension()],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
