@@ -387,24 +387,29 @@ void scatter_rows(const Tensor& source_, const Tensor& rows_, const Tensor& colu
   if (*low_row + *low_column < 0 || *high_row + *high_column + run > out.numel)
     throw std::runtime_error("mxfp8moe::_scatter_rows: an offset lies outside of out");
 
-  constexpr int64_t kRows = 32;  // neighbouring rows fill the same cache lines of out
-  const uint8_t* from = source.bytes();
-  char* to = out.data;
+  // Neighbouring rows are written one after the other: in every layout that interleaves rows they share cache lines.
+  constexpr int64_t kRows = 16;
   const int64_t items = (count + kRows - 1) / kRows;
   const int64_t threads = source.numel < 65536 ? 1 : torch::stable::get_num_threads();
-  for_each_item(items, threads, [&](int64_t item, int64_t) {
-    const int64_t begin = item * kRows, end = std::min(count, begin + kRows);
-    if (run == 16) {
-      for (int64_t j = 0; j < pieces; ++j)
-        for (int64_t i = begin; i < end; ++i) std::memcpy(to + row[i] + column[j], from + i * width + j * 16, 16);
-    } else if (run == 1) {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t j = 0; j < width; ++j) to[row[i] + column[j]] = char(from[i * width + j]);
-    } else {
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t j = 0; j < pieces; ++j) std::memcpy(to + row[i] + column[j], from + i * width + j * run, run);
-    }
-  });
+  const auto scatter = [&](auto copy) {
+    for_each_item(items, threads, [&](int64_t item, int64_t) {
+      const int64_t n = std::min(count - item * kRows, kRows);
+      char* to[kRows];
+      for (int64_t i = 0; i < n; ++i) to[i] = out.data + row[item * kRows + i];
+      const uint8_t* from = source.bytes() + item * kRows * width;
+      for (int64_t j = 0; j < pieces; ++j) {
+        const int64_t offset = column[j];
+        for (int64_t i = 0; i < n; ++i) copy(to[i] + offset, from + i * width + j * run);
+      }
+    });
+  };
+  if (run == 16) {
+    scatter([](char* to, const uint8_t* from) { std::memcpy(to, from, 16); });
+  } else if (run == 1) {
+    scatter([](char* to, const uint8_t* from) { *to = char(*from); });
+  } else {
+    scatter([run](char* to, const uint8_t* from) { std::memcpy(to, from, size_t(run)); });
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CPU, m) {

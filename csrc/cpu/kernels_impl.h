@@ -343,7 +343,9 @@ MXFP8MOE_INLINE F swiglu(const Plan& plan, F gate, F up) {
 // One weight row times `Tokens` rows of activations, straight from the codes. x: token i at x + i * columns.
 template <int Tokens>
 void dot_row(const uint8_t* w, const uint8_t* scale, const float* x, int64_t columns, float* out, int64_t out_stride) {
-  F acc[Tokens] = {};
+  // Enough independent sums to cover the latency of a multiply-add, and few enough to stay in registers.
+  constexpr int kSums = Tokens == 1 ? 1 : std::min(kVecs, Tokens == 2 ? 4 : Tokens <= 4 || W == 16 ? 2 : 1);
+  F acc[kSums][Tokens] = {};
   NanWatch watch = nan_unseen();
   for (int64_t column = 0; column < columns; column += kBlock) {
     F v[kVecs];
@@ -352,20 +354,23 @@ void dot_row(const uint8_t* w, const uint8_t* scale, const float* x, int64_t col
     decode_finite(p, v);
     watch = look_for_nan(watch, p);
     const F factor = splat(kScaleTable[scale[column / kBlock]]);
-    if constexpr (Tokens == 1) {
+    if constexpr (Tokens == 1) {  // one product with the scale per block instead of one per vector
       F block = v[0] * load(x + column);
       for (int i = 1; i < kVecs; ++i) block += v[i] * load(x + column + i * W);
-      acc[0] += block * factor;
+      acc[0][0] += block * factor;
     } else {
       for (int i = 0; i < kVecs; ++i) {
         v[i] *= factor;
-        for (int token = 0; token < Tokens; ++token) acc[token] += v[i] * load(x + token * columns + column + i * W);
+        for (int token = 0; token < Tokens; ++token)
+          acc[i % kSums][token] += v[i] * load(x + token * columns + column + i * W);
       }
     }
   }
   for (int token = 0; token < Tokens; ++token) {
-    const float total = sum(acc[token]) * (1.0f / kDecodedUnit);
-    out[token * out_stride] = nan_seen(watch) ? std::numeric_limits<float>::quiet_NaN() : total;
+    F total = acc[0][token];
+    for (int i = 1; i < kSums; ++i) total += acc[i][token];
+    const float value = sum(total) * (1.0f / kDecodedUnit);
+    out[token * out_stride] = nan_seen(watch) ? std::numeric_limits<float>::quiet_NaN() : value;
   }
 }
 

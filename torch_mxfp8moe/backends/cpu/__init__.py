@@ -5,6 +5,8 @@ the C++ kernel does not take, for the error message or another backend. What is 
 permutations :mod:`torch_mxfp8moe.layouts` holds.
 """
 
+import math
+
 import torch
 
 from ... import extension
@@ -17,10 +19,15 @@ from .. import Backend
 def _scatter(source: torch.Tensor, permutation: Permutation, shape: tuple[int, int, int], gate_up: bool, out) -> None:
     """source [E, R, C] bytes -> its places in ``out``, which holds a permuted tensor of ``shape`` (R, C or more)."""
     experts, source_rows, source_columns = source.shape
+    if experts == 0:
+        return
     rows, columns, run = permutation.offsets(shape)
     if shape[1] != source_rows:  # gate_up: each half of the rows was padded
         assert gate_up
         rows = rows.unflatten(1, (2, -1))[:, :, : source_rows // 2].reshape(experts, source_rows)
+    if source_columns % run:  # the columns were padded: shorter runs, that end where the source does
+        piece = math.gcd(run, source_columns)
+        columns, run = (columns.unsqueeze(1) + torch.arange(0, run, piece)).flatten(), piece
     columns = columns[: source_columns // run]
     torch.ops.mxfp8moe._scatter_rows(source.view(-1, source_columns), rows.reshape(-1), columns, out)
 
