@@ -45,18 +45,18 @@ class Build(BuildExtension):
         except (Exception, SystemExit) as error:
             if MODE == "require":
                 raise
-            print(LOUD.format(reason=f"{type(error).__name__}: {error}"), file=sys.stderr)
-            # pip hides a build's output: what is left beside the package makes it say so again at import.
+            message = LOUD.format(reason=f"{type(error).__name__}: {error}")
+            print(message, file=sys.stderr)
+            try:  # pip hides what a build prints
+                Path("/dev/tty").write_text(message)
+            except OSError:
+                pass
             for extension in self.extensions:
                 extension.optional = True
 
-    def copy_extensions_to_source(self):
-        if all(Path(self.get_ext_fullpath(e.name)).exists() or Path(self.build_lib).exists() for e in self.extensions):
-            super().copy_extensions_to_source()
-
 
 def extension() -> CppExtension:
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", f"-ffile-prefix-map={ROOT}=."]
+    flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", f"-ffile-prefix-map={ROOT}=."]
     macros = [("TORCH_TARGET_VERSION", "0x020b000000000000"), ("Py_LIMITED_API", "0x030A0000")]
     return CppExtension(
         "torch_mxfp8moe._C",
@@ -77,7 +77,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
-    extras_require={"test": ["pytest", "expecttest", "hypothesis", "numpy", "safetensors", "torchao==0.18.*"]},
+    extras_require={"test": ["pytest", "expecttest", "hypothesis", "numpy", "safetensors", "torchao==0.18.*", "torch-abi-audit"]},
     packages=find_packages(include=["torch_mxfp8moe*"]),
     ext_modules=[] if MODE == "skip" else [extension()],
     cmdclass={"build_ext": Build},

@@ -109,18 +109,27 @@ Kind kind_of(int32_t dtype) {
 }
 Rows rows_of(const View& v) { return {v.data, v && v.dim >= 2 ? v.strides[v.dim - 2] : 0, v ? kind_of(v.dtype) : Kind::f32}; }
 
-// Whether grad mode is on and a tensor requires a gradient. The stable ABI has no such question, so: of a tensor that
-// requires one, an alias is not a leaf. With grad mode off this costs one thread-local read.
+// Whether grad mode is on and a tensor requires a gradient or carries a tangent. The stable ABI has no such questions, so:
+// of a tensor that requires a gradient, an alias is not a leaf. With grad mode off this costs one thread-local read.
 bool needs_gradient(std::initializer_list<const View*> views) {
   if (!aoti_torch_grad_mode_is_enabled()) return false;
+  const auto call = [](const char* op, const View& view, StableIValue* stack) {
+    AtenTensorHandle copy;
+    check(aoti_torch_new_tensor_handle(view.handle, &copy));
+    stack[0] = box(copy);
+    check(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
+  };
   for (const View* view : views) {
     if (!*view || view->has_dtype({dtypes().u8, dtypes().i32, dtypes().i64})) continue;
-    AtenTensorHandle copy;
-    check(aoti_torch_new_tensor_handle(view->handle, &copy));
-    StableIValue stack[1] = {box(copy)};
-    check(torch_call_dispatcher("aten::alias", "", stack, TORCH_ABI_VERSION));
+    StableIValue stack[2];
+    call("aten::alias", *view, stack);
     check(torch_call_dispatcher("aten::is_leaf", "", stack, TORCH_ABI_VERSION));
     if (!unbox<bool>(stack[0])) return true;
+    if (view->has_dtype({dtypes().e4m3, dtypes().e8m0})) continue;  // forward mode has no tangents of these
+    stack[1] = box(int64_t(0));                                     // the level
+    call("aten::_unpack_dual", *view, stack);
+    unbox<Tensor>(stack[0]);
+    if (unbox<Tensor>(stack[1]).defined()) return true;
   }
   return false;
 }

@@ -1,5 +1,6 @@
 """The compiled part, ``_C``: loaded if it is there, and if not, why."""
 
+import warnings
 from types import ModuleType
 
 
@@ -18,3 +19,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 MODULE, WHY_MISSING = _load()
 """The extension module, or None and the reason."""
+
+if WHY_MISSING:
+    warnings.warn(f"torch_mxfp8moe: {WHY_MISSING}. CPU tensors run on the slow reference.", stacklevel=3)

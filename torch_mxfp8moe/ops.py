@@ -102,12 +102,22 @@ _REFUSED_KERNELS = {
     "_refused_fused_moe": _or_error(_fused_moe, 1),
 }
 
+def _no_transform(name):
+    """The kernel of ``name`` inside torch.func transforms, which would otherwise go past the op with zero gradients."""
+
+    def refuse(*args, **kwargs):
+        raise NotImplementedError(f"{name}: there is no rule for torch.func transforms (grad, vjp, jvp, vmap)")
+
+    return refuse
+
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 for _name, _schema in (SCHEMAS | _REFUSED_SCHEMAS | _EXTENSION_SCHEMAS).items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 for _name, (_kernel, _fake_kernel) in _KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, _no_transform(_name), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake_kernel, lib=_library)
 for _name, _kernel in _REFUSED_KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
