@@ -109,27 +109,32 @@ Kind kind_of(int32_t dtype) {
 }
 Rows rows_of(const View& v) { return {v.data, v && v.dim >= 2 ? v.strides[v.dim - 2] : 0, v ? kind_of(v.dtype) : Kind::f32}; }
 
-// Whether grad mode is on and a tensor requires a gradient or carries a tangent. The stable ABI has no such questions, so:
-// of a tensor that requires a gradient, an alias is not a leaf. With grad mode off this costs one thread-local read.
+// Whether a forward_ad.dual_level() is open: then any tensor may carry a tangent. Python's module is the one that knows.
+bool in_dual_level() {
+  if (!Py_IsInitialized()) return false;
+  const PyGILState_STATE state = PyGILState_Ensure();
+  static PyObject* const module = PyImport_ImportModule("torch.autograd.forward_ad");
+  PyObject* level = module ? PyObject_GetAttrString(module, "_current_level") : nullptr;
+  const bool open = level && PyLong_AsLong(level) >= 0;
+  Py_XDECREF(level);
+  PyErr_Clear();
+  PyGILState_Release(state);
+  return open;
+}
+
+// Whether grad mode is on and a tensor needs it. The stable ABI does not say whether a tensor requires a gradient, but of
+// one that does, an alias is not a leaf. With grad mode off this costs one thread-local read.
 bool needs_gradient(std::initializer_list<const View*> views) {
   if (!aoti_torch_grad_mode_is_enabled()) return false;
-  const auto call = [](const char* op, const View& view, StableIValue* stack) {
-    AtenTensorHandle copy;
-    check(aoti_torch_new_tensor_handle(view.handle, &copy));
-    stack[0] = box(copy);
-    check(torch_call_dispatcher(op, "", stack, TORCH_ABI_VERSION));
-  };
+  if (in_dual_level()) return true;
   for (const View* view : views) {
     if (!*view || view->has_dtype({dtypes().u8, dtypes().i32, dtypes().i64})) continue;
-    StableIValue stack[2];
-    call("aten::alias", *view, stack);
+    AtenTensorHandle copy;
+    check(aoti_torch_new_tensor_handle(view->handle, &copy));
+    StableIValue stack[1] = {box(copy)};
+    check(torch_call_dispatcher("aten::alias", "", stack, TORCH_ABI_VERSION));
     check(torch_call_dispatcher("aten::is_leaf", "", stack, TORCH_ABI_VERSION));
     if (!unbox<bool>(stack[0])) return true;
-    if (view->has_dtype({dtypes().e4m3, dtypes().e8m0})) continue;  // forward mode has no tangents of these
-    stack[1] = box(int64_t(0));                                     // the level
-    call("aten::_unpack_dual", *view, stack);
-    unbox<Tensor>(stack[0]);
-    if (unbox<Tensor>(stack[1]).defined()) return true;
   }
   return false;
 }
@@ -190,7 +195,7 @@ template <class F>
 void for_each_row(int64_t rows, int64_t columns, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(columns, 1));
   const int64_t items = (rows + grain - 1) / grain;
-  for_each_item(items, items > 1 ? torch::stable::get_num_threads() : 1, [&](int64_t item, int64_t) {
+  for_each_item(items, items > 1 ? torch::stable::get_num_threads() : 1, [&](int64_t item) {
     for (int64_t row = item * grain; row < std::min(rows, (item + 1) * grain); ++row) f(row);
   });
 }
@@ -397,18 +402,23 @@ void scatter_rows(const Tensor& source_, const Tensor& rows_, const Tensor& colu
     throw std::runtime_error("mxfp8moe::_scatter_rows: an offset lies outside of out");
 
   // Neighbouring rows are written one after the other: in every layout that interleaves rows they share cache lines.
-  constexpr int64_t kRows = 16;
-  const int64_t items = (count + kRows - 1) / kRows;
+  constexpr int64_t kRows = 16, kItemRows = 8 * kRows, kPrefetch = 64;
+  const int64_t items = (count + kItemRows - 1) / kItemRows;
   const int64_t threads = source.numel < 65536 ? 1 : torch::stable::get_num_threads();
   const auto scatter = [&](auto copy) {
-    for_each_item(items, threads, [&](int64_t item, int64_t) {
-      const int64_t n = std::min(count - item * kRows, kRows);
-      char* to[kRows];
-      for (int64_t i = 0; i < n; ++i) to[i] = out.data + row[item * kRows + i];
-      const uint8_t* from = source.bytes() + item * kRows * width;
-      for (int64_t j = 0; j < pieces; ++j) {
-        const int64_t offset = column[j];
-        for (int64_t i = 0; i < n; ++i) copy(to[i] + offset, from + i * width + j * run);
+    for_each_item(items, threads, [&](int64_t item) {
+      const int64_t end = std::min(count, (item + 1) * kItemRows);
+      for (int64_t first = item * kItemRows; first < end; first += kRows) {
+        const int64_t n = std::min(end - first, kRows);
+        char* to[kRows];
+        for (int64_t i = 0; i < n; ++i) to[i] = out.data + row[first + i];
+        const uint8_t* from = source.bytes() + first * width;
+        for (int64_t j = 0; j < pieces; ++j) {
+          const int64_t offset = column[j];
+          for (int64_t i = 0; i < n; ++i) copy(to[i] + offset, from + i * width + j * run);
+          if (run == 16 && j % (kPrefetch / 16) == 0)  // the rows after these: too many streams for the processor to see
+            for (int64_t i = 0; i < n; ++i) __builtin_prefetch(from + (i + kRows) * width + j * 16, 0, 2);
+        }
       }
     });
   };

@@ -75,7 +75,14 @@ class Call:
                 raise ValueError(f"{self.op}: {name} is on {tensor.device}; it takes the device of {first}, {device}")
 
     def _inference_only(self, *tensors: torch.Tensor | None) -> None:
-        if torch.is_grad_enabled() and any(t is not None and (t.requires_grad or _has_tangent(t)) for t in tensors):
+        if not torch.is_grad_enabled():
+            return
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{self.op} is inference only and has no tangent, but forward_ad.dual_level() is open; "
+                "call it under torch.no_grad() with inputs that are no dual numbers"
+            )
+        if any(t is not None and t.requires_grad for t in tensors):
             raise RuntimeError(
                 f"{self.op} is inference only and has no gradient, but an input requires one; "
                 "call it under torch.no_grad() or torch.inference_mode(), or detach its inputs"
@@ -88,11 +95,6 @@ class Call:
                     f"{self.op}: {name} shares memory with {other}; it takes memory of its own, since inputs are read "
                     "while it is written"
                 )
-
-
-def _has_tangent(x: torch.Tensor) -> bool:
-    """Whether x is a dual number of forward-mode differentiation."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:

@@ -8,6 +8,9 @@
 #include <limits>
 #include <memory>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace mxfp8moe::cpu {
 namespace {
@@ -20,11 +23,23 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 
+// Large blocks ask for huge pages: a part's scratch is written once, and faulting it in by 4 KiB costs more than that.
 Floats allocate(int64_t count) {
-  const size_t bytes = (size_t(count) * sizeof(float) + kLine - 1) / kLine * kLine;
-  void* p = std::aligned_alloc(kLine, std::max<size_t>(bytes, kLine));
+  constexpr size_t kHuge = size_t(2) << 20;
+  const size_t alignment = size_t(count) * sizeof(float) < 2 * kHuge ? size_t(kLine) : kHuge;
+  const size_t bytes = (std::max<size_t>(size_t(count) * sizeof(float), 1) + alignment - 1) / alignment * alignment;
+  void* p = std::aligned_alloc(alignment, bytes);
   if (p == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHuge) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
   return Floats(static_cast<float*>(p));
+}
+
+// Where the thread that calls works on a tile: about 150 KiB, kept for its next calls.
+float* thread_scratch(size_t floats) {
+  thread_local Floats scratch = allocate(int64_t(floats));  // the same size every time: there is one set of kernels
+  return scratch.get();
 }
 
 // The local expert of a route, or -1 if it adds nothing. reference.local_experts in Python defines it.
@@ -106,7 +121,6 @@ void fused_moe(const FusedMoe& call) {
   // The tokens are served in parts whose scratch memory is bounded. Where a part ends depends on shapes alone.
   const int64_t token_bytes = call.topk * (2 * hidden + intermediate) * int64_t(sizeof(float));
   const int64_t part = std::max<int64_t>(64, kScratchBytes / token_bytes);
-  Floats scratch;  // of the threads, allocated when the first part needs it
   for (int64_t begin = 0; begin < call.tokens; begin += part) {
     const int64_t end = std::min(begin + part, call.tokens);
     plan.first_token = begin;
@@ -137,18 +151,17 @@ void fused_moe(const FusedMoe& call) {
 
     const int64_t routes = plan.routes.size(), blocks = plan.blocks.size();
     const auto threads_for = [&](int64_t work) { return work < kSerialWork ? 1 : threads; };
-    if (!scratch && routes > 0) scratch = allocate(threads * int64_t(k.scratch_floats));
-    for_each_item(pack_items.size(), threads_for(routes * hidden), [&](int64_t item, int64_t) {
+    for_each_item(pack_items.size(), threads_for(routes * hidden), [&](int64_t item) {
       k.pack(plan, *pack_items[item].group, pack_items[item].begin);
     });
     const auto multiply = [&](auto kernel, int64_t tiles, int64_t work) {
-      for_each_item(blocks * tiles, threads_for(work), [&](int64_t item, int64_t thread) {
-        kernel(plan, plan.blocks[item / tiles], item % tiles, scratch.get() + thread * k.scratch_floats);
+      for_each_item(blocks * tiles, threads_for(work), [&](int64_t item) {
+        kernel(plan, plan.blocks[item / tiles], item % tiles, thread_scratch(k.scratch_floats));
       });
     };
     multiply(k.gate_up, intermediate / kBlock, routes * 2 * intermediate * hidden);
     multiply(k.down, (hidden + kTileRows - 1) / kTileRows, routes * intermediate * hidden);
-    for_each_item(end - begin, threads_for(routes * hidden), [&](int64_t token, int64_t) { k.reduce(plan, token); });
+    for_each_item(end - begin, threads_for(routes * hidden), [&](int64_t token) { k.reduce(plan, token); });
   }
 }
 

@@ -11,7 +11,7 @@ namespace mxfp8moe::cpu {
 
 constexpr int64_t kBlock = 32;      // values per E8M0 scale
 constexpr int64_t kDotTokens = 8;   // groups of at most this many tokens keep their activations in rows
-constexpr int64_t kChunkTokens = 240;  // tokens per work item: a multiple of every panel group, C stays in L2
+constexpr int64_t kChunkTokens = 336;  // tokens per work item: a multiple of every group of panels, their results stay in L2
 constexpr int64_t kTileRows = 64;   // weight rows per work item (w1: 32 gate rows and their 32 up rows)
 constexpr int64_t kLine = 64;       // bytes of a cache line, alignment of scratch
 
