@@ -82,6 +82,7 @@ def test_tokenizer_round_trip(tokenizer):
 
 @torch.no_grad()
 def test_perplexity_within_one_percent(tokenizer):
+    torch.set_num_threads(1)
     text = (DEMO / "heldout.txt").read_text(encoding="utf-8")[:12000]
     ids = torch.tensor(tokenizer.encode(text))
     loss = {}
