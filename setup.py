@@ -77,7 +77,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
-    extras_require={"test": ["pytest", "expecttest", "hypothesis", "numpy", "safetensors", "torchao==0.18.*", "torch-abi-audit"]},
+    extras_require={"test": ["pytest", "expecttest", "hypothesis", "numpy", "safetensors", "torchao==0.18.*", "torch-abi-audit; python_version >= '3.11'"]},
     packages=find_packages(include=["torch_mxfp8moe*"]),
     ext_modules=[] if MODE == "skip" else [extension()],
     cmdclass={"build_ext": Build},

@@ -122,7 +122,7 @@ def relative_l2(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def assert_agrees(got: torch.Tensor, want: torch.Tensor, tolerance: float | None = None) -> None:
-    """Same shape, dtype and, within ``tolerance`` (the contract's by default), values; NaN and Inf in the same places."""
+    """The same shape and dtype, NaN and Inf in the same places, values within ``tolerance`` (the contract's)."""
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     assert torch.equal(got.isfinite(), want.isfinite())
     error = relative_l2(got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0))

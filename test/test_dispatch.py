@@ -20,7 +20,7 @@ def only_bundled(monkeypatch):
     monkeypatch.setattr(dispatch, "registered", lambda: bundled)
 
 
-FAKE_BACKEND = '''
+FAKE_BACKEND = """
 import torch
 from torch_mxfp8moe.backends import Backend
 
@@ -45,7 +45,7 @@ class Fake(Backend):
         call.out.fill_(7)
 
 BACKEND = Fake()
-'''
+"""
 
 
 @pytest.fixture
@@ -134,7 +134,8 @@ fused_moe on cpu, T=3 H=256 I=128 E=4 K=2, layout aiter_gfx950, activations mxfp
     )
     assert_expected_inline(
         error_of(lambda: OPS.fused_moe(**inputs, layout="aiter_gfx950", backend="cpu")),
-        """fused_moe: backend 'cpu' does not serve this call: it reads weights in layout 'row_major', not 'aiter_gfx950'""",
+        """\
+fused_moe: backend 'cpu' does not serve this call: it reads weights in layout 'row_major', not 'aiter_gfx950'""",
     )
 
 
@@ -142,7 +143,9 @@ def test_explain_text_of_a_named_backend(only_bundled, monkeypatch):
     monkeypatch.setattr(extension, "WHY_MISSING", None)
     assert_expected_inline(
         str(torch_mxfp8moe.explain(**moe_inputs(), backend="reference", activation_dtype="bf16")),
-        """""",
+        """\
+fused_moe on cpu, T=4 H=64 I=32 E=4 K=2, layout row_major, activations bf16: served by reference
+  not cpu: the call names backend 'reference'""",
     )
 
 
@@ -152,7 +155,9 @@ def test_explain_text_off_the_cpu(only_bundled, monkeypatch):
     inputs = {name: x.to("meta") for name, x in moe_inputs().items()}
     assert_expected_inline(
         str(torch_mxfp8moe.explain(**inputs)),
-        """""",
+        """\
+fused_moe on meta, T=4 H=64 I=32 E=4 K=2, layout row_major, activations mxfp8: served by reference
+  not cpu: the tensors are on meta, not on the CPU""",
     )
 
 
@@ -160,15 +165,17 @@ def test_explain_text_without_the_extension(only_bundled, monkeypatch):
     monkeypatch.setattr(extension, "WHY_MISSING", "the C++ extension was not built: here would be how to")
     assert_expected_inline(
         str(torch_mxfp8moe.explain(**moe_inputs())),
-        """""",
+        """\
+fused_moe on cpu, T=4 H=64 I=32 E=4 K=2, layout row_major, activations mxfp8: served by reference
+  not cpu: the C++ extension was not built: here would be how to""",
     )
 
 
 def test_explain_raises_what_the_call_raises():
     inputs = moe_inputs()
     for wrong in (dict(backend="cuda"), dict(layout="sorted"), dict(swiglu_limit=-1.0)):
-        message = error_of(lambda: torch_mxfp8moe.explain(**inputs, **wrong))  # noqa: B023
-        assert message == error_of(lambda: OPS.fused_moe(**inputs, **wrong))  # noqa: B023
+        message = error_of(lambda: torch_mxfp8moe.explain(**inputs, **wrong))
+        assert message == error_of(lambda: OPS.fused_moe(**inputs, **wrong))
 
 
 def test_explain_computes_nothing():
@@ -190,12 +197,13 @@ def test_a_named_backend_serves_the_call():
 
 @needs_extension
 def test_the_cpu_backend_does_not_run_the_reference(monkeypatch):
+    inputs = moe_inputs(bias_dtype=torch.float32)
+
     def called(*args, **kwargs):
         raise AssertionError("the reference was called")
 
     for name in ("fused_moe", "quantize_1x32", "dequantize_1x32", "preshuffle"):
         monkeypatch.setattr(reference, name, called)
-    inputs = moe_inputs(bias_dtype=torch.float32)
     for backend in ("auto", "cpu"):
         OPS.fused_moe(**inputs, backend=backend)
     data, scale = OPS.quantize_1x32(randn(2, 64))
@@ -207,7 +215,7 @@ def test_the_cpu_backend_does_not_run_the_reference(monkeypatch):
 
 def test_an_unknown_backend_is_an_error(only_bundled):
     for name in ("cuda", "", "CPU", "auto "):
-        message = error_of(lambda: OPS.fused_moe(**moe_inputs(), backend=name))  # noqa: B023
+        message = error_of(lambda: OPS.fused_moe(**moe_inputs(), backend=name))
         assert message == f"fused_moe: backend is {name!r}; it takes 'auto', 'cpu', 'reference'"
 
 

@@ -207,10 +207,10 @@ layout 'aiter_gfx950' takes intermediate sizes divisible by 128, not 192""",
     )
 
 
-@given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 4), st.integers(1, 8), st.booleans(), st.integers(0, 2**31))
-def test_padding_of_the_intermediate_size(E, i, h, multiple, gate_up, seed):
+@given(shapes, st.integers(1, 8), st.booleans(), st.integers(0, 2**31))
+def test_padding_of_the_intermediate_size(shape, multiple, gate_up, seed):
     """Zeros with scale 0x7F behind each half's rows (w1) or each row (w2); everything else stays where it was."""
-    I, H, pad_to = 32 * i, 32 * h, 32 * multiple  # noqa: E741
+    (E, I, H), pad_to = shape, 32 * multiple  # noqa: E741
     padded = -(-I // pad_to) * pad_to
     shape = (E, 2 * I, H) if gate_up else (E, H, I)
     weight, scale = random_bytes(*shape, seed=seed), random_bytes(*shape[:2], shape[2] // 32, seed=seed + 1)

@@ -7,6 +7,7 @@ from expecttest import assert_expected_inline
 from helpers import OPS, needs_extension
 from torch_mxfp8moe import ops
 
+
 def one_argument_a_line(schema: torch.FunctionSchema) -> str:
     arguments, returns = str(schema).split(" -> ")
     return arguments.replace("(", "(\n    ", 1).replace(", ", ",\n    ")[:-1] + f"\n) -> {returns}"

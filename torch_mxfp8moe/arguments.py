@@ -19,6 +19,9 @@ ROUTING_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.flo
 
 ACTIVATION_DTYPES = ("mxfp8", "bf16")
 
+MAX_PAD = 65536
+"""Largest ``pad_to``: beyond any hardware's tile, and far from sizes that overflow."""
+
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -39,6 +42,8 @@ class Call:
         torch._check_value(condition, lambda: f"{self.op}: {name} {got}; it takes {takes}")
 
     def _dtype(self, name: str, tensor: torch.Tensor, options: tuple[torch.dtype, ...]) -> None:
+        if tensor is None:
+            raise TypeError(f"{self.op}: {name} is None; it takes a tensor of {_either(options)}")
         if tensor.dtype not in options:
             raise TypeError(f"{self.op}: {name} has dtype {_name(tensor.dtype)}; it takes {_either(options)}")
 
@@ -231,13 +236,13 @@ class Preshuffle(Call):
         self._contiguous("weight", self.weight)
         self._contiguous("scale", self.scale)
         self._same_device("weight", weight=self.weight, scale=self.scale)
-        valid_pad = self.pad_to == 1 or (self.pad_to > 0 and self.pad_to % BLOCK == 0)
-        self._value(valid_pad, "pad_to", f"is {self.pad_to}", f"1 or a positive multiple of {BLOCK}")
+        valid_pad = self.pad_to == 1 or (0 < self.pad_to <= MAX_PAD and self.pad_to % BLOCK == 0)
+        self._value(valid_pad, "pad_to", f"is {self.pad_to}", f"1 or a positive multiple of {BLOCK}, at most {MAX_PAD}")
         _, rows, columns = self.weight_shape
         reason = self.arrangement.why_not(rows, columns, self.gate_up)
         if reason:
             raise ValueError(f"{self.op}: weight does not fit: {reason}; pad_to rounds the intermediate size up")
-        if self.out_weight is not None:
+        if self.out_weight is not None or self.out_scale is not None:
             self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
             self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
             self._shape("out_weight", self.out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
@@ -374,7 +379,7 @@ class FusedMoe(Call):
 
     def _check_activations(self) -> None:
         x, scale = self.hidden_states, self.hidden_states_scale
-        if scale is None and x.dtype is torch.float8_e4m3fn:
+        if scale is None and x is not None and x.dtype is torch.float8_e4m3fn:
             raise TypeError(f"{self.op}: hidden_states has dtype float8_e4m3fn; it takes hidden_states_scale beside it")
         self._dtype("hidden_states", x, HIGH_PRECISION_DTYPES if scale is None else (torch.float8_e4m3fn,))
         self._rank("hidden_states", x, "T, H")

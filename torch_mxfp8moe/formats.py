@@ -55,4 +55,4 @@ RCEIL_SLACK = tuple(rceil_slack(exponent) for exponent in range(255))
 
 def as_bytes(scale: torch.Tensor) -> torch.Tensor:
     """A ``float8_e8m0fnu`` or uint8 scale tensor, viewed as uint8."""
-    return scale.view(torch.uint8) if scale.dtype is torch.float8_e8m0fnu else scale
+    return scale.view(torch.uint8) if getattr(scale, "dtype", None) is torch.float8_e8m0fnu else scale

@@ -60,6 +60,8 @@ def _preshuffle(weight, scale, *, layout, gate_up, pad_to=1):
 
 
 def _preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out_scale):
+    if out_weight is None and out_scale is None:
+        raise TypeError("preshuffle: out_weight and out_scale are None; they take tensors")
     dispatch.preshuffle(Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale).check())
 
 
@@ -67,8 +69,10 @@ def _fused_moe(*args, **kwargs):
     return dispatch.fused_moe(FusedMoe(*args, **kwargs).check())
 
 
-def _fused_moe_out(*args, **kwargs):
-    _fused_moe(*args, **kwargs)
+def _fused_moe_out(*args, out, **kwargs):
+    if out is None:
+        raise TypeError("fused_moe: out is None; it takes a tensor")
+    _fused_moe(*args, out=out, **kwargs)
 
 
 def _or_error(kernel, outputs):
@@ -192,6 +196,8 @@ def preshuffle(
     scale = as_bytes(scale)
     if out is None:
         return torch.ops.mxfp8moe.preshuffle(weight, scale, layout=layout, gate_up=gate_up, pad_to=pad_to)
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"preshuffle: out is a {type(out).__name__}; it takes two tensors, (weight, scale)")
     torch.ops.mxfp8moe.preshuffle.out(
         weight, scale, layout=layout, gate_up=gate_up, pad_to=pad_to, out_weight=out[0], out_scale=as_bytes(out[1])
     )
@@ -259,7 +265,7 @@ def fused_moe(
         RuntimeError: an input requires a gradient and grad mode is on.
     """
     options = dict(
-        hidden_states_scale=None if hidden_states_scale is None else as_bytes(hidden_states_scale),
+        hidden_states_scale=as_bytes(hidden_states_scale),
         w1_bias=w1_bias,
         w2_bias=w2_bias,
         expert_map=expert_map,
@@ -275,7 +281,7 @@ def fused_moe(
     tensors = (hidden_states, w1, as_bytes(w1_scale), w2, as_bytes(w2_scale), topk_weights, topk_ids)
     if out is None:
         return torch.ops.mxfp8moe.fused_moe(*tensors, **options, out_dtype=out_dtype)
-    if out_dtype not in (None, out.dtype):
+    if out_dtype is not None and isinstance(out, torch.Tensor) and out_dtype != out.dtype:
         raise ValueError(f"fused_moe: out_dtype is {out_dtype}; it takes None or that of out, {out.dtype}")
     torch.ops.mxfp8moe.fused_moe.out(*tensors, **options, out=out)
     return out

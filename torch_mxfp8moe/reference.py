@@ -74,6 +74,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limi
     (https://github.com/openai/gpt-oss, gpt_oss/torch/model.py).
     """
     if limit is not None:
+        limit = torch.tensor(limit, dtype=torch.float32).item()  # infinite, that is no limit, beyond fp32's range
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + beta)
 
