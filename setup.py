@@ -1,4 +1,4 @@
-"""Builds torch_mxfp8moe: `pip install --no-build-isolation .` in an environment that has torch, setuptools, wheel, ninja.
+"""Builds torch_mxfp8moe: `pip install --no-build-isolation .`, beside torch, setuptools, wheel and ninja.
 
 The C++ extension is built on LibTorch's stable ABI and CPython's limited API: one binary for torch 2.11 and later and
 for CPython 3.10 and later. Without a C++ compiler the package still installs, says so, and runs on the reference;
@@ -77,7 +77,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
-    extras_require={"test": ["pytest", "expecttest", "hypothesis", "numpy", "safetensors", "torchao==0.18.*", "torch-abi-audit; python_version >= '3.11'"]},
+    extras_require={
+        "test": [
+            "pytest",
+            "expecttest",
+            "hypothesis",
+            "numpy",
+            "safetensors",
+            "torchao==0.18.*",
+            "torch-abi-audit; python_version >= '3.11'",
+        ]
+    },
     packages=find_packages(include=["torch_mxfp8moe*"]),
     ext_modules=[] if MODE == "skip" else [extension()],
     cmdclass={"build_ext": Build},

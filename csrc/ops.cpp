@@ -59,7 +59,9 @@ struct View {
   char* data = nullptr;
 
   View() = default;
-  explicit View(const Tensor& tensor) : handle(tensor.get()) {
+  explicit View(const Tensor& tensor) {
+    if (!tensor.defined()) return;  // None: it has no shape and no dtype that a kernel takes
+    handle = tensor.get();
     int64_t *sizes_, *strides_;
     void* data_;
     check(aoti_torch_get_dtype(handle, &dtype));
@@ -380,6 +382,7 @@ Tensor fused_moe_functional(MXFP8MOE_FUSED_MOE_PARAMETERS, std::optional<ScalarT
 
 void fused_moe_out(MXFP8MOE_FUSED_MOE_PARAMETERS, const Tensor& out) {
   const Arguments arguments MXFP8MOE_FUSED_MOE_ARGUMENTS;
+  if (!out.defined()) throw std::runtime_error("fused_moe: out is None; it takes a tensor");
   if (!fused_moe_if_taken(arguments, out, std::nullopt)) fused_moe_refused(arguments, std::nullopt, out);
 }
 

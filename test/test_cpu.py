@@ -1,4 +1,4 @@
-"""The C++ backend where its numbers are not the question: binary compatibility, memory, threads, parts of large calls."""
+"""The C++ backend where its numbers are not the question: binary compatibility, memory, threads, large calls."""
 
 import os
 import subprocess

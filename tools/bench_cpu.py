@@ -58,7 +58,7 @@ class Layer:
         return data.view(torch.float8_e4m3fn), torch.full((self.experts, rows, columns // 32), 114, dtype=torch.uint8)
 
     def routing(self, tokens: int, turn: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """topk_weights and topk_ids: random distinct experts per token; a lone token's follow on from the last turn's."""
+        """topk_weights, topk_ids: random distinct experts per token; a lone token's follow on from the last turn's."""
         if tokens == 1:
             ids = (torch.arange(self.topk) + turn * self.topk).unsqueeze(0) % self.experts
         else:
@@ -170,7 +170,7 @@ def main() -> None:
                 x = torch.randn(tokens, args.hidden).to(dtype or torch.bfloat16)
                 routings = [layer.routing(tokens, turn) for turn in range(32)]
 
-                def call(i):
+                def call(i, x=x, weights=weights, routings=routings):
                     routing = routings[i % 32]
                     return expert_loop(x, *weights, *routing) if weights else layer.run(x, routing)
 

@@ -249,9 +249,7 @@ class Preshuffle(Call):
             self._shape("out_scale", self.out_scale, self.scale_shape, "the layout's scale shape")
             self._contiguous("out_weight", self.out_weight)
             self._contiguous("out_scale", self.out_scale)
-            self._same_device(
-                "weight", weight=self.weight, out_weight=self.out_weight, out_scale=self.out_scale
-            )
+            self._same_device("weight", weight=self.weight, out_weight=self.out_weight, out_scale=self.out_scale)
             self._not_overlapping("out_weight", self.out_weight, weight=self.weight, scale=self.scale)
             self._not_overlapping(
                 "out_scale", self.out_scale, weight=self.weight, scale=self.scale, out_weight=self.out_weight
@@ -415,7 +413,9 @@ class FusedMoe(Call):
             self._value(math.isfinite(value), name, f"is {value}", "a finite number")
         limit = self.swiglu_limit
         if limit is not None:
-            self._value(math.isfinite(limit) and limit > 0, "swiglu_limit", f"is {limit}", "None or a finite number > 0")
+            self._value(
+                math.isfinite(limit) and limit > 0, "swiglu_limit", f"is {limit}", "None or a finite number > 0"
+            )
         self._one_of("activation_dtype", self.activation_dtype, ACTIVATION_DTYPES)
         if self.apply_router_weight_on_input:
             got = f"is True with {self.topk} experts per token"

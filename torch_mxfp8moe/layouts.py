@@ -135,8 +135,8 @@ ROW_MAJOR = Layout(
 
 AITER_GFX950 = Layout(
     name="aiter_gfx950",
-    # The order in which a wave's lanes read MFMA operands: tiles of 16 rows x 64 bytes, in them [k 4][row 16][16 bytes];
-    # w1's gate and up rows alternate in tiles of 16.
+    # The order in which a wave's lanes read MFMA operands: tiles of 16 rows x 64 bytes, in them [k 4][row 16][16
+    # bytes]; w1's gate and up rows alternate in tiles of 16.
     weight={
         True: Permutation(lambda e, r, c: (e, 2, r // 32, 16, c // 64, 4, 16), (0, 2, 1, 4, 5, 3, 6)),
         False: Permutation(lambda e, r, c: (e, r // 16, 16, c // 64, 4, 16), (0, 1, 3, 4, 2, 5)),

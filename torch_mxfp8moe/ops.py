@@ -8,7 +8,8 @@ input needs a gradient.
 
 import torch
 
-from . import dispatch, extension, fake
+from . import dispatch, fake
+from . import extension as extension  # loads the C++ kernels, if they are there
 from .arguments import Dequantize, FusedMoe, Preshuffle, Quantize
 from .formats import as_bytes
 
@@ -18,8 +19,8 @@ _FUSED_MOE_ARGUMENTS = (
     "Tensor hidden_states, Tensor w1, Tensor w1_scale, Tensor w2, Tensor w2_scale, Tensor topk_weights, "
     "Tensor topk_ids, *, Tensor? hidden_states_scale=None, Tensor? w1_bias=None, Tensor? w2_bias=None, "
     "Tensor? expert_map=None, Tensor? num_tokens=None, float swiglu_alpha=1.0, float swiglu_beta=0.0, "
-    "float? swiglu_limit=None, bool apply_router_weight_on_input=False, str layout=\"row_major\", "
-    "str activation_dtype=\"mxfp8\", str backend=\"auto\""
+    'float? swiglu_limit=None, bool apply_router_weight_on_input=False, str layout="row_major", '
+    'str activation_dtype="mxfp8", str backend="auto"'
 )
 _PRESHUFFLE_ARGUMENTS = "Tensor weight, Tensor scale, *, str layout, bool gate_up, int pad_to=1"
 
@@ -33,13 +34,15 @@ SCHEMAS = {
 }
 """Schema by op name, without the name. What the public ops take and return."""
 
-# What the C++ kernels call where they do not serve a call themselves: the Python kernel's results, then its error's text
-# as UTF-8 bytes, empty if there was none. (No exception crosses the stable ABI, and torch_call_dispatcher of torch 2.13
-# mixes up results of different types.)
+# What the C++ kernels call where they do not serve a call themselves: the Python kernel's results, then its error's
+# text as UTF-8 bytes, empty if there was none. (No exception crosses the stable ABI, and torch_call_dispatcher of torch
+# 2.13 mixes up results of different types.)
 _REFUSED_SCHEMAS = {
     "_refused_quantize_1x32": '(Tensor x, *, str scale_rounding="rceil") -> (Tensor, Tensor, Tensor)',
     "_refused_dequantize_1x32": "(Tensor data, Tensor scale, *, ScalarType dtype) -> (Tensor, Tensor)",
-    "_refused_fused_moe": f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None, Tensor(a!)? out=None) -> (Tensor, Tensor)",
+    "_refused_fused_moe": (
+        f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None, Tensor(a!)? out=None) -> (Tensor, Tensor)"
+    ),
 }
 # Private C++ kernels that Python calls.
 _EXTENSION_SCHEMAS = {
@@ -105,6 +108,7 @@ _REFUSED_KERNELS = {
     "_refused_dequantize_1x32": _or_error(_dequantize_1x32, 1),
     "_refused_fused_moe": _or_error(_fused_moe, 1),
 }
+
 
 def _no_transform(name):
     """The kernel of ``name`` inside torch.func transforms, which would otherwise go past the op with zero gradients."""

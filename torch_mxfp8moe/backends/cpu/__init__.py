@@ -1,8 +1,8 @@
 """The C++ kernels of ``csrc/cpu``.
 
 CPU tensors reach them straight from PyTorch's dispatcher, without Python, and come to Python only with arguments that
-the C++ kernel does not take, for the error message or another backend. What is served from here is ``preshuffle``, whose
-permutations :mod:`torch_mxfp8moe.layouts` holds.
+the C++ kernel does not take, for the error message or another backend. What is served from here is ``preshuffle``,
+whose permutations :mod:`torch_mxfp8moe.layouts` holds.
 """
 
 import math
