@@ -1,8 +1,14 @@
 """Settings of the test run."""
 
-import pytest
-import torch
-from hypothesis import settings
+import os
+
+# Threads that wait for one another sleep instead of spinning: on a machine whose cores are busy with something else,
+# spinning makes small parallel regions ten times as slow. Read when torch loads its OpenMP, here and in subprocesses.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, print_blob=False)
 settings.load_profile("repeatable")

@@ -188,9 +188,13 @@ def main() -> None:
 
         progress("overhead")
         tiny = Layer(1, 32, 32, 1)
-        x, routing = torch.randn(1, 32), tiny.routing(1, 0)
-        thousand = median_seconds(lambda i: [tiny.run(x, routing) for _ in range(1000)], 9)
-        print(f"\na call of T=1 H=32 I=32, kernel included: {thousand * 1e3:.1f} us")
+        weights = (tiny.w1, tiny.w1_scale, tiny.w2, tiny.w2_scale)
+        print()
+        for tokens, what in ((0, "no token, so no kernel"), (1, "T=1 H=32 I=32, kernel included")):
+            call = (torch.randn(tokens, 32), *weights, torch.rand(tokens, 1), torch.zeros(tokens, 1, dtype=torch.long))
+            op = torch.ops.mxfp8moe.fused_moe
+            thousand = median_seconds(lambda i, op=op, call=call: [op(*call) for _ in range(1000)], 15)
+            print(f"a call of {what}: {thousand * 1e3:.1f} us")
 
         print(f"\n{'preshuffle':<12} {'ms':>8} {'copy ms':>8} {'ratio':>6}")
         for name, gate_up in (("w1", True), ("w2", False)):
