@@ -62,7 +62,32 @@ def fake(tmp_path, monkeypatch):
     REGISTERED.cache_clear()
 
 
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A module in the package's folder of backends whose import raises."""
+    package = sys.modules["torch_mxfp8moe.backends"]
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no driver')")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    REGISTERED.cache_clear()
+    yield
+    REGISTERED.cache_clear()
+
+
 # --- what is usable here
+
+
+def test_a_backend_that_does_not_load_is_a_no_with_its_reason(broken):
+    status = torch_mxfp8moe.backends()["broken"]
+    assert not status.usable and status.reason == "importing it raised RuntimeError: no driver"
+    explained = torch_mxfp8moe.explain(**moe_inputs())
+    assert explained.backend in ("cpu", "reference") and explained.reasons["broken"] == status.reason
+
+
+@needs_extension
+def test_an_instruction_set_that_the_processor_lacks_is_a_no():
+    code = "import torch_mxfp8moe; print(torch_mxfp8moe.backends()['cpu'].reason)"
+    reason = run_python(code, MXFP8MOE_CPU_CAPABILITY="sse9")
+    assert "MXFP8MOE_CPU_CAPABILITY is 'sse9'; it takes what this processor runs: " in reason
 
 
 def test_backends_lists_all_in_order_of_preference():

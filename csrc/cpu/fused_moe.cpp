@@ -126,34 +126,34 @@ void fused_moe(const FusedMoe& call) {
     plan.first_token = begin;
     group_routes(call, begin, end, plan);
 
-    int64_t padded_routes = 0, packs = 0;
-    for (Group& group : plan.groups) {
-      group.x = reinterpret_cast<float*>(padded_routes);  // a count for now, of routes before it
-      padded_routes += group.count <= kDotTokens ? group.count : (group.count + width - 1) / width * width;
-      packs += (group.count + width - 1) / width;
-    }
+    // Routes as they are padded in the buffers: panels hold a multiple of the vector width.
+    const auto padded = [&](const Group& group) {
+      return group.count <= kDotTokens ? group.count : (group.count + width - 1) / width * width;
+    };
+    int64_t padded_routes = 0;
+    for (const Group& group : plan.groups) padded_routes += padded(group);
     const Floats x = allocate(padded_routes * hidden), h = allocate(padded_routes * intermediate);
     const Floats terms = allocate((end - begin) * call.topk * hidden);
     plan.terms = terms.get();
+
     plan.blocks.clear();
-    std::vector<TokenBlock> pack_items;
-    pack_items.reserve(packs);
+    std::vector<TokenBlock> packs;
+    int64_t before = 0;
     for (Group& group : plan.groups) {
-      const int64_t before = reinterpret_cast<int64_t>(group.x);
       group.x = x.get() + before * hidden;
       group.h = h.get() + before * intermediate;
+      before += padded(group);
       const int64_t chunks = (group.count + kChunkTokens - 1) / kChunkTokens;
       const int64_t chunk = ((group.count + chunks - 1) / chunks + width - 1) / width * width;
       for (int64_t first = 0; first < group.count; first += chunk)
         plan.blocks.push_back({&group, first, std::min(first + chunk, group.count)});
-      for (int64_t first = 0; first < group.count; first += width) pack_items.push_back({&group, first, 0});
+      for (int64_t first = 0; first < group.count; first += width)
+        packs.push_back({&group, first, std::min(first + width, group.count)});
     }
 
     const int64_t routes = plan.routes.size(), blocks = plan.blocks.size();
     const auto threads_for = [&](int64_t work) { return work < kSerialWork ? 1 : threads; };
-    for_each_item(pack_items.size(), threads_for(routes * hidden), [&](int64_t item) {
-      k.pack(plan, *pack_items[item].group, pack_items[item].begin);
-    });
+    for_each_item(packs.size(), threads_for(routes * hidden), [&](int64_t item) { k.pack(plan, packs[item]); });
     const auto multiply = [&](auto kernel, int64_t tiles, int64_t work) {
       for_each_item(blocks * tiles, threads_for(work), [&](int64_t item) {
         kernel(plan, plan.blocks[item / tiles], item % tiles, thread_scratch(k.scratch_floats));

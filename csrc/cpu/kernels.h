@@ -39,7 +39,7 @@ struct Group {
   float* h;
 };
 
-// Tokens [begin, end) of a group; one such block and one tile of weight rows make a work item.
+// Tokens [begin, end) of a group; such a block and a tile of weight rows make a work item of the products.
 struct TokenBlock {
   const Group* group;
   int64_t begin, end;
@@ -78,8 +78,8 @@ struct Kernels {
   void (*quantize_row)(const char* x, Kind kind, ScaleRounding rounding, int64_t columns, uint8_t* data, uint8_t* scale);
   // data [C], scale [C / 32] -> out: C values
   void (*dequantize_row)(const uint8_t* data, const uint8_t* scale, int64_t columns, char* out, Kind kind);
-  // Quantised or rounded activations of up to `width` tokens of a group, from `begin` on, into Group::x.
-  void (*pack)(const Plan& plan, const Group& group, int64_t begin);
+  // Quantised or rounded activations of a block of up to `width` tokens, which starts at a multiple of it, into Group::x.
+  void (*pack)(const Plan& plan, const TokenBlock& block);
   // 32 intermediate columns, tile `tile`, for a block of tokens: first product, SwiGLU, rounding, into Group::h.
   void (*gate_up)(const Plan& plan, const TokenBlock& block, int64_t tile, float* scratch);
   // Up to 64 hidden columns for a block of tokens: second product, routing weight, into Plan::terms.

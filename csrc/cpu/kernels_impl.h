@@ -288,8 +288,9 @@ MXFP8MOE_INLINE void load_activation(const Plan& plan, int64_t token, int64_t bl
   }
 }
 
-void pack(const Plan& plan, const Group& group, int64_t begin) {
-  const int64_t count = std::min<int64_t>(W, group.count - begin), blocks = plan.hidden / kBlock;
+void pack(const Plan& plan, const TokenBlock& tokens) {
+  const Group& group = *tokens.group;
+  const int64_t begin = tokens.begin, count = tokens.end - begin, blocks = plan.hidden / kBlock;
   const int64_t* routes = plan.routes.data() + group.first + begin;
   if (group.count <= kDotTokens) {
     for (int64_t i = 0; i < count; ++i) {

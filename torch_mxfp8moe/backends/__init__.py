@@ -19,7 +19,8 @@ class Backend:
 
     name: str
     priority: int
-    """``backend="auto"`` asks the backend with the highest number first."""
+    """``backend="auto"`` asks the backend with the highest number first. (CPU tensors go to the C++ kernels, where they
+    are built, before anybody is asked.)"""
     description: str
     """One line for the table of backends."""
 
@@ -48,9 +49,31 @@ class Backend:
         raise NotImplementedError
 
 
+class Unloadable(Backend):
+    """Stands for a backend whose module cannot be imported."""
+
+    priority = -1
+    description = "does not load"
+
+    def __init__(self, name: str, error: Exception):
+        self.name, self.reason = name, f"importing it raised {type(error).__name__}: {error}"
+
+    def why_unavailable(self) -> str | None:
+        return self.reason
+
+    def why_not(self, call: Call) -> str | None:
+        return self.reason
+
+
+def _load(name: str) -> Backend:
+    try:
+        return importlib.import_module(f"{__name__}.{name}").BACKEND
+    except Exception as error:
+        return Unloadable(name, error)
+
+
 @cache
 def registered() -> dict[str, Backend]:
     """Every backend of this package by name, the most preferred first."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    backends = sorted((module.BACKEND for module in modules), key=lambda backend: -backend.priority)
-    return {backend.name: backend for backend in backends}
+    backends = [_load(info.name) for info in pkgutil.iter_modules(__path__)]
+    return {backend.name: backend for backend in sorted(backends, key=lambda backend: -backend.priority)}

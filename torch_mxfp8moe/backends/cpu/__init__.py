@@ -38,6 +38,8 @@ class Cpu(Backend):
     description = "C++ kernels for CPU tensors"
 
     def why_unavailable(self) -> str | None:
+        if extension.MODULE is not None:
+            extension.MODULE.capability()  # raises if MXFP8MOE_CPU_CAPABILITY names none of this processor's
         return extension.WHY_MISSING
 
     def why_not(self, call: Call) -> str | None:
