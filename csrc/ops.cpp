@@ -15,6 +15,7 @@
 #include <array>
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -340,7 +341,7 @@ std::optional<Tensor> fused_moe_if_taken(
   if (num_tokens) call.num_tokens = *reinterpret_cast<const int32_t*>(num_tokens.data);
   call.alpha = float(a.swiglu_alpha);
   call.beta = float(a.swiglu_beta);
-  if (a.swiglu_limit) call.limit = float(*a.swiglu_limit);
+  call.limit = float(a.swiglu_limit.value_or(std::numeric_limits<double>::infinity()));
   call.weight_on_input = a.apply_router_weight_on_input;
   call.activation_dtype = mxfp8 ? ActivationDtype::mxfp8 : ActivationDtype::bf16;
   call.out = static_cast<char*>(result.data_ptr());

@@ -5,7 +5,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
 #if defined(__linux__)
@@ -96,27 +95,7 @@ void fused_moe(const FusedMoe& call) {
   const int64_t hidden = call.hidden, intermediate = call.intermediate, width = k.width;
   const int64_t threads = torch::stable::get_num_threads();
 
-  Plan plan;
-  plan.hidden = hidden;
-  plan.intermediate = intermediate;
-  plan.topk = call.topk;
-  plan.w1 = call.w1;
-  plan.w1_scale = call.w1_scale;
-  plan.w2 = call.w2;
-  plan.w2_scale = call.w2_scale;
-  plan.hidden_states = call.hidden_states;
-  plan.hidden_states_scale = call.hidden_states_scale;
-  plan.hidden_states_scale_stride = call.hidden_states_scale_stride;
-  plan.w1_bias = call.w1_bias;
-  plan.w2_bias = call.w2_bias;
-  plan.alpha = call.alpha;
-  plan.beta = call.beta;
-  plan.limit = call.limit.value_or(std::numeric_limits<float>::infinity());
-  plan.weight_on_input = call.weight_on_input;
-  plan.activation_dtype = call.activation_dtype;
-  plan.out = call.out;
-  plan.out_stride = call.out_stride;
-  plan.out_kind = call.out_kind;
+  Plan plan(call);
 
   // The tokens are served in parts whose scratch memory is bounded. Where a part ends depends on shapes alone.
   const int64_t token_bytes = call.topk * (2 * hidden + intermediate) * int64_t(sizeof(float));

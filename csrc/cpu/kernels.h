@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace mxfp8moe::cpu {
@@ -45,29 +46,40 @@ struct TokenBlock {
   int64_t begin, end;
 };
 
-// One call of fused_moe, or a part of its tokens.
-struct Plan {
-  int64_t hidden, intermediate, topk;
-  const uint8_t *w1, *w1_scale, *w2, *w2_scale;
-  Rows hidden_states;                // [T, H]
-  const uint8_t* hidden_states_scale;  // null if hidden_states is not MXFP8
+// The arguments of one call, checked; pointers into CPU memory.
+struct FusedMoe {
+  int64_t tokens, hidden, intermediate, experts, global_experts, topk;
+  Rows hidden_states;
+  const uint8_t* hidden_states_scale;  // or null
   int64_t hidden_states_scale_stride;
-  Rows w1_bias, w2_bias;             // data is null if there is none
-  float alpha, beta, limit;          // limit is +inf if there is none
+  const uint8_t *w1, *w1_scale, *w2, *w2_scale;
+  Rows topk_weights;
+  const char* topk_ids;
+  int64_t topk_ids_stride;
+  bool ids_are_64_bit;
+  Rows w1_bias, w2_bias;      // data is null if there is none
+  const int32_t* expert_map;  // or null
+  std::optional<int32_t> num_tokens;
+  float alpha, beta;
+  float limit;  // +inf if there is none
   bool weight_on_input;
   ActivationDtype activation_dtype;
+  char* out;
+  int64_t out_stride;
+  Kind out_kind;
+};
 
+// A call, and how a part of its tokens is served.
+struct Plan : FusedMoe {
+  explicit Plan(const FusedMoe& call) : FusedMoe(call) {}
+
+  int64_t first_token = 0;           // of the part: routes and terms count tokens from here
   std::vector<int64_t> routes;       // token * K + slot, grouped by expert
   std::vector<float> route_weights;  // of the same routes
   std::vector<int32_t> slot_used;    // [T, K]: whether the route adds something
   std::vector<Group> groups;
   std::vector<TokenBlock> blocks;
-  float* terms;                      // [T * K, H], weighted results of the routes
-  int64_t first_token;               // routes and terms count tokens from here
-
-  char* out;                         // [T, H]
-  int64_t out_stride;
-  Kind out_kind;
+  float* terms = nullptr;            // [T * K, H], weighted results of the routes
 };
 
 struct Kernels {
