@@ -6,6 +6,7 @@
 
 #include "cpu/fused_moe.h"
 #include "cpu/threads.h"
+#include "cpu/values.h"
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -243,7 +244,7 @@ Tensor dequantize_1x32(const Tensor& data_, const Tensor& scale_, ScalarType dty
   const int64_t columns = data.columns(), rows = columns ? data.numel / columns : 0;
   Tensor out = empty(data.dim, data.sizes, out_dtype);
   const Kind kind = kind_of(out_dtype);
-  const int64_t row_bytes = columns * (kind == Kind::f32 ? 4 : 2);
+  const int64_t row_bytes = columns * size_of(kind);
   auto* out_bytes = static_cast<char*>(out.data_ptr());
   const Kernels& k = kernels();
   for_each_row(rows, columns, [&](int64_t row) {
@@ -383,6 +384,7 @@ Tensor fused_moe_functional(MXFP8MOE_FUSED_MOE_PARAMETERS, std::optional<ScalarT
 
 void fused_moe_out(MXFP8MOE_FUSED_MOE_PARAMETERS, const Tensor& out) {
   const Arguments arguments MXFP8MOE_FUSED_MOE_ARGUMENTS;
+  // As FusedMoe.check in Python says it; to the op that refuses, a call without `out` is one of the other overload.
   if (!out.defined()) throw std::runtime_error("fused_moe: out is None; it takes a tensor");
   if (!fused_moe_if_taken(arguments, out, std::nullopt)) fused_moe_refused(arguments, std::nullopt, out);
 }

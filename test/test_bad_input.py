@@ -684,12 +684,16 @@ def test_the_fake_kernels_raise_the_same():
         "quantize_1x32": [dict(x=randn(3, 33)), dict(scale_rounding="up"), dict(x=randn(2, 32).double())],
         "dequantize_1x32": [dict(scale=torch.zeros(4, 3).byte()), dict(dtype=torch.float64)],
         "preshuffle": [dict(pad_to=33), dict(layout="aiter_gfx950"), dict(scale=torch.zeros(3, 64, 1).byte())],
-        "preshuffle.out": [dict(out_scale=torch.zeros(3, 64, 1).byte()), dict(pad_to=64)],
+        "preshuffle.out": [
+            dict(out_scale=torch.zeros(3, 64, 1).byte()), dict(pad_to=64), dict(out_weight=None, out_scale=None),
+        ],
         "fused_moe": [
             dict(hidden_states=randn(4, 32)), dict(topk_ids=torch.zeros(4, 1).int()), dict(swiglu_limit=NAN),
             dict(apply_router_weight_on_input=True), dict(backend="x"), dict(layout="x"), dict(w1_bias=randn(3, 32)),
         ],
-        "fused_moe.out": [dict(out=torch.zeros(4, 65)[:, :64].double()), dict(out=torch.zeros(5, 64))],
+        "fused_moe.out": [
+            dict(out=torch.zeros(4, 65)[:, :64].double()), dict(out=torch.zeros(5, 64)), dict(out=None),
+        ],
     }  # fmt: skip
     for name, wrong_calls in changes.items():
         op, arguments = CALLS[name]

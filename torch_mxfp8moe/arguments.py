@@ -57,6 +57,11 @@ class Call:
         for got, want in zip(tensor.shape, shape):
             self._value(got == want, name, f"has shape {list(tensor.shape)}", takes)
 
+    def _blocks(self, name: str, tensor: torch.Tensor) -> None:
+        """Whole blocks along the last dimension."""
+        columns = tensor.shape[-1]
+        self._value(columns % BLOCK == 0, name, f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
+
     def _one_of(self, name: str, value: str, options) -> None:
         if value not in options:
             raise ValueError(f"{self.op}: {name} is {value!r}; it takes {_either(options)}")
@@ -142,8 +147,7 @@ class Quantize(Call):
     def check(self) -> "Quantize":
         self._dtype("x", self.x, HIGH_PRECISION_DTYPES)
         self._value(self.x.dim() >= 1, "x", "has 0 dimensions", "1 or more, [..., C]")
-        columns = self.x.shape[-1]
-        self._value(columns % BLOCK == 0, "x", f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
+        self._blocks("x", self.x)
         self._strided("x", self.x)
         self._one_of("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
         self._inference_only(self.x)
@@ -175,8 +179,8 @@ class Dequantize(Call):
         if self.dtype not in HIGH_PRECISION_DTYPES:
             raise TypeError(f"{self.op}: dtype is {_name(self.dtype)}; it takes {_either(HIGH_PRECISION_DTYPES)}")
         self._value(self.data.dim() >= 1, "data", "has 0 dimensions", "1 or more, [..., C]")
+        self._blocks("data", self.data)
         *lead, columns = self.data.shape
-        self._value(columns % BLOCK == 0, "data", f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
         self._shape("scale", self.scale, (*lead, columns // BLOCK), "the shape of data, C/32 for C")
         self._strided("data", self.data)
         self._strided("scale", self.scale)
@@ -217,13 +221,16 @@ class Preshuffle(Call):
         """Of the result."""
         return self.arrangement.scale_shape(*self.weight_shape)
 
-    def check(self) -> "Preshuffle":
+    def check(self, writes_out: bool = False) -> "Preshuffle":
+        """``writes_out``: of a call to ``preshuffle.out``."""
+        if writes_out and self.out_weight is None and self.out_scale is None:
+            raise TypeError(f"{self.op}: out_weight and out_scale are None; they take tensors")
         self._dtype("weight", self.weight, (torch.float8_e4m3fn,))
         self._dtype("scale", self.scale, SCALE_DTYPES)
         self._one_of("layout", self.layout, LAYOUTS)
         self._rank("weight", self.weight, "E, 2I, H" if self.gate_up else "E, H, I")
+        self._blocks("weight", self.weight)
         experts, rows, columns = self.weight.shape
-        self._value(columns % BLOCK == 0, "weight", f"has {columns} columns", f"a last dimension divisible by {BLOCK}")
         got = f"has shape {list(self.weight.shape)}"
         self._value(columns > 0, "weight", got, "no empty rows or columns")
         self._value(rows > 0, "weight", got, "no empty rows or columns")
@@ -242,7 +249,7 @@ class Preshuffle(Call):
         reason = self.arrangement.why_not(rows, columns, self.gate_up)
         if reason:
             raise ValueError(f"{self.op}: weight does not fit: {reason}; pad_to rounds the intermediate size up")
-        if self.out_weight is not None or self.out_scale is not None:
+        if writes_out:
             self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
             self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
             self._shape("out_weight", self.out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
@@ -332,7 +339,10 @@ class FusedMoe(Call):
         )  # fmt: skip
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
-    def check(self) -> "FusedMoe":
+    def check(self, writes_out: bool = False) -> "FusedMoe":
+        """``writes_out``: of a call to ``fused_moe.out``."""
+        if writes_out and self.out is None:
+            raise TypeError(f"{self.op}: out is None; it takes a tensor")
         self._check_weights()
         self._check_activations()
         self._check_routing()

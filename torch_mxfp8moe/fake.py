@@ -22,11 +22,14 @@ def preshuffle(weight, scale, *, layout, gate_up, pad_to=1):
 
 
 def preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out_scale):
-    Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale).check()
+    Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale).check(writes_out=True)
 
 
 def fused_moe(*args, **kwargs):
     call = FusedMoe(*args, **kwargs).check()
     dispatch.known_backend(call)
-    if call.out is None:
-        return call.hidden_states.new_empty((call.tokens, call.hidden), dtype=call.result_dtype)
+    return call.hidden_states.new_empty((call.tokens, call.hidden), dtype=call.result_dtype)
+
+
+def fused_moe_out(*args, **kwargs):
+    dispatch.known_backend(FusedMoe(*args, **kwargs).check(writes_out=True))

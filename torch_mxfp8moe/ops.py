@@ -63,19 +63,16 @@ def _preshuffle(weight, scale, *, layout, gate_up, pad_to=1):
 
 
 def _preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out_scale):
-    if out_weight is None and out_scale is None:
-        raise TypeError("preshuffle: out_weight and out_scale are None; they take tensors")
-    dispatch.preshuffle(Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale).check())
+    call = Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale)
+    dispatch.preshuffle(call.check(writes_out=True))
 
 
 def _fused_moe(*args, **kwargs):
     return dispatch.fused_moe(FusedMoe(*args, **kwargs).check())
 
 
-def _fused_moe_out(*args, out, **kwargs):
-    if out is None:
-        raise TypeError("fused_moe: out is None; it takes a tensor")
-    _fused_moe(*args, out=out, **kwargs)
+def _fused_moe_out(*args, **kwargs):
+    dispatch.fused_moe(FusedMoe(*args, **kwargs).check(writes_out=True))
 
 
 def _or_error(kernel, outputs):
@@ -101,7 +98,7 @@ _KERNELS = {
     "preshuffle": (_preshuffle, fake.preshuffle),
     "preshuffle.out": (_preshuffle_out, fake.preshuffle_out),
     "fused_moe": (_fused_moe, fake.fused_moe),
-    "fused_moe.out": (_fused_moe_out, fake.fused_moe),
+    "fused_moe.out": (_fused_moe_out, fake.fused_moe_out),
 }
 _REFUSED_KERNELS = {
     "_refused_quantize_1x32": _or_error(_quantize_1x32, 2),

@@ -107,7 +107,7 @@ void fused_moe(const FusedMoe& call) {
 
     // Routes as they are padded in the buffers: panels hold a multiple of the vector width.
     const auto padded = [&](const Group& group) {
-      return group.count <= kDotTokens ? group.count : (group.count + width - 1) / width * width;
+      return group.in_rows() ? group.count : (group.count + width - 1) / width * width;
     };
     int64_t padded_routes = 0;
     for (const Group& group : plan.groups) padded_routes += padded(group);

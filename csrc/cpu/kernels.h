@@ -38,6 +38,8 @@ struct Group {
   int64_t count;
   float* x;
   float* h;
+
+  bool in_rows() const { return count <= kDotTokens; }
 };
 
 // Tokens [begin, end) of a group; such a block and a tile of weight rows make a work item of the products.

@@ -258,12 +258,16 @@ void quantize_row(const char* x, Kind kind, ScaleRounding rounding, int64_t colu
   }
 }
 
+// The values of a block of codes with their scale: exact, but for overflow to infinity.
+MXFP8MOE_INLINE void dequantize_block(const uint8_t* codes, uint8_t scale, F* v) {
+  decode(codes, v);
+  for (int i = 0; i < kVecs; ++i) v[i] = (v[i] * (1.0f / kDecodedUnit)) * kScaleTable[scale];
+}
+
 void dequantize_row(const uint8_t* data, const uint8_t* scale, int64_t columns, char* out, Kind kind) {
   for (int64_t column = 0; column < columns; column += kBlock) {
     F v[kVecs];
-    decode(data + column, v);
-    const float factor = kScaleTable[*scale++];
-    for (int i = 0; i < kVecs; ++i) v[i] = (v[i] * (1.0f / kDecodedUnit)) * factor;
+    dequantize_block(data + column, *scale++, v);
     store_block(out + column * size_of(kind), kind, v);
   }
 }
@@ -275,9 +279,8 @@ MXFP8MOE_INLINE void load_activation(const Plan& plan, int64_t token, int64_t bl
   const Rows& rows = plan.hidden_states;
   const char* p = rows.data + (token * rows.stride + block * kBlock) * size_of(rows.kind);
   if (plan.hidden_states_scale) {
-    decode(reinterpret_cast<const uint8_t*>(p), v);
-    const float factor = kScaleTable[plan.hidden_states_scale[token * plan.hidden_states_scale_stride + block]];
-    for (int i = 0; i < kVecs; ++i) v[i] = (v[i] * (1.0f / kDecodedUnit)) * factor;
+    const uint8_t scale = plan.hidden_states_scale[token * plan.hidden_states_scale_stride + block];
+    dequantize_block(reinterpret_cast<const uint8_t*>(p), scale, v);
     return;
   }
   load_block(p, rows.kind, v);
@@ -292,7 +295,7 @@ void pack(const Plan& plan, const TokenBlock& tokens) {
   const Group& group = *tokens.group;
   const int64_t begin = tokens.begin, count = tokens.end - begin, blocks = plan.hidden / kBlock;
   const int64_t* routes = plan.routes.data() + group.first + begin;
-  if (group.count <= kDotTokens) {
+  if (group.in_rows()) {
     for (int64_t i = 0; i < count; ++i) {
       float* row = group.x + (begin + i) * plan.hidden;
       for (int64_t block = 0; block < blocks; ++block) {
@@ -418,30 +421,21 @@ void multiply_tile(const WeightTile& tile, const float* b, int64_t panels, float
       const uint8_t* scale = tile.row_scale(r) + first / kBlock;
       for (int64_t d = 0; d < depth; d += kBlock) {
         F v[kVecs];
-        decode(data + d, v);
-        const float factor = kScaleTable[scale[d / kBlock]];
-        for (int i = 0; i < kVecs; ++i)
-          store(a + r * kTileStride + d + i * W, (v[i] * (1.0f / kDecodedUnit)) * factor);
+        dequantize_block(data + d, scale[d / kBlock], v);
+        for (int i = 0; i < kVecs; ++i) store(a + r * kTileStride + d + i * W, v[i]);
       }
     }
-    const float* b_first = b + first * W;
+    const auto multiply_panels = [&](auto kernel, int64_t step, int64_t panel) {
+      for (int64_t r = 0; r < rows; r += step)  // rows is a multiple of 32
+        kernel(
+            a + r * kTileStride, b + first * W + panel * panel_stride, panel_stride, depth,
+            c + r * c_stride + panel * W, c_stride, first > 0);
+    };
+    constexpr int kRows = W == 16 ? 8 : 4;  // with three panels: what the registers hold
     int64_t panel = 0;
-    // rows is a multiple of 32
-    for (; panel + 3 <= panels; panel += 3)
-      for (int64_t r = 0; r < rows; r += W == 16 ? 8 : 4)
-        multiply<W == 16 ? 8 : 4, 3>(
-            a + r * kTileStride, b_first + panel * panel_stride, panel_stride, depth, c + r * c_stride + panel * W,
-            c_stride, first > 0);
-    if (panels - panel == 2)
-      for (int64_t r = 0; r < rows; r += 4)
-        multiply<4, 2>(
-            a + r * kTileStride, b_first + panel * panel_stride, panel_stride, depth, c + r * c_stride + panel * W,
-            c_stride, first > 0);
-    if (panels - panel == 1)
-      for (int64_t r = 0; r < rows; r += 8)
-        multiply<8, 1>(
-            a + r * kTileStride, b_first + panel * panel_stride, panel_stride, depth, c + r * c_stride + panel * W,
-            c_stride, first > 0);
+    for (; panel + 3 <= panels; panel += 3) multiply_panels(multiply<kRows, 3>, kRows, panel);
+    if (panels - panel == 2) multiply_panels(multiply<4, 2>, 4, panel);
+    if (panels - panel == 1) multiply_panels(multiply<8, 1>, 8, panel);
   }
 }
 
@@ -461,7 +455,7 @@ void gate_up(const Plan& plan, const TokenBlock& block, int64_t tile_index, floa
   load_bias(plan.w1_bias, gate_row, kBlock, bias);
   load_bias(plan.w1_bias, up_row, kBlock, bias + kBlock);
 
-  if (group.count <= kDotTokens) {
+  if (group.in_rows()) {
     float* c = scratch;  // [count][64]
     for (int64_t r = 0; r < 2 * kBlock; ++r)
       kDotRow[count](tile.row(r), tile.row_scale(r), group.x, hidden, c + r, 2 * kBlock);
@@ -526,7 +520,7 @@ void down(const Plan& plan, const TokenBlock& block, int64_t tile_index, float* 
   float bias[kTileRows];
   load_bias(plan.w2_bias, first_row, rows, bias);
 
-  if (group.count <= kDotTokens) {
+  if (group.in_rows()) {
     float* c = scratch;  // [count][rows]
     for (int64_t r = 0; r < rows; ++r)
       kDotRow[count](tile.row(r), tile.row_scale(r), group.h, intermediate, c + r, rows);
