@@ -89,6 +89,7 @@ setup(
         ]
     },
     packages=find_packages(include=["torch_mxfp8moe*"]),
+    package_data={"torch_mxfp8moe": ["configs/triton/*.json"]},
     ext_modules=[] if MODE == "skip" else [extension()],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

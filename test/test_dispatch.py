@@ -317,10 +317,11 @@ torch_mxfp8moe.dequantize_1x32(data, scale)
 torch_mxfp8moe.preshuffle(data, scale, layout="row_major", gate_up=True)
 down, down_scale = data[:, :32].contiguous(), scale[:, :32].contiguous()
 torch_mxfp8moe.fused_moe(torch.ones(1, 32), data, scale, down, down_scale, torch.ones(1, 1), torch.ones(1, 1).int())
-torch_mxfp8moe.backends()
 print(looked_for)
+torch_mxfp8moe.backends()
+print(set(looked_for) - {"triton"})
 """
-    assert run_python(code).strip() == "[]"
+    assert run_python(code).split() == ["[]", "set()"]
 
 
 def test_import_is_light():

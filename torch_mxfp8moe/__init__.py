@@ -8,7 +8,7 @@
 from . import reference
 from .dispatch import BackendStatus, Explanation, backends
 from .layouts import LAYOUTS
-from .ops import dequantize_1x32, explain, fused_moe, preshuffle, quantize_1x32
+from .ops import dequantize_1x32, explain, fused_moe, preshuffle, quantize_1x32, warmup
 
 __version__ = "0.1.0"
 
@@ -23,4 +23,5 @@ __all__ = [
     "preshuffle",
     "quantize_1x32",
     "reference",
+    "warmup",
 ]

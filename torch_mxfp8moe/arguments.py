@@ -318,6 +318,11 @@ class FusedMoe(Call):
         return self.w1.shape[0]
 
     @property
+    def global_experts(self) -> int:
+        """How many experts the ids may name: G with an expert map, E without."""
+        return self.experts if self.expert_map is None else self.expert_map.shape[0]
+
+    @property
     def topk(self) -> int:
         """K."""
         return self.topk_ids.shape[1]

@@ -18,6 +18,10 @@ import torch
 from .formats import BLOCK, SCALE_ONE, as_bytes
 
 
+Digit = tuple[int, int, int]
+"""(divisor, size, stride) of one mixed-radix digit of an index; see :meth:`Permutation.strides`."""
+
+
 @dataclass(frozen=True)
 class Permutation:
     """View a [E, R, C] tensor as ``split(E, R, C)``, permute by ``order``; memory then holds the result's order."""
@@ -35,6 +39,31 @@ class Permutation:
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return x.reshape([split[d] for d in self.order]).permute(inverse).reshape(shape)
 
+    def strides(self, shape: tuple[int, int, int]) -> tuple[tuple[Digit, ...], tuple[Digit, ...]]:
+        """The permutation as arithmetic: where element (r, c) of an expert goes. Experts lie R * C apart.
+
+        Returns the mixed-radix digits of r and those of c: (divisor, size, stride), the fastest last. An index
+        contributes ``index // divisor % size * stride`` for each of its digits.
+        """
+        split = self.split(*shape)
+        stride, strides = 1, {}
+        for d in reversed(self.order):
+            strides[d] = stride
+            stride *= split[d]
+        dimensions = [d for d in reversed(range(len(split))) if split[d] > 1]
+
+        def digits_of(length: int) -> tuple[Digit, ...]:
+            digits, divisor = [(1, 1, 0)] if length == 1 else [], 1
+            while divisor < length:
+                d = dimensions.pop(0)
+                size = min(split[d], length // divisor)  # the slowest dimension of r may hold e as well
+                digits.append((divisor, size, strides[d]))
+                divisor *= size
+            return tuple(reversed(digits))
+
+        columns = digits_of(shape[2])
+        return digits_of(shape[1]), columns
+
     def offsets(self, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """The permutation as two tables: element (e, r, c) goes to ``rows[e, r] + columns[c // run] + c % run``.
 
@@ -47,22 +76,16 @@ class Permutation:
 @lru_cache(maxsize=64)
 def _offsets(permutation: Permutation, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
     experts, rows, columns = shape
-    split = permutation.split(*shape)
-    stride, by_dim = 1, [0] * len(split)
-    for d in reversed(permutation.order):
-        by_dim[d] = stride
-        stride *= split[d]
+    row_digits, column_digits = permutation.strides(shape)
 
-    def offset(index: torch.Tensor) -> torch.Tensor:  # of a linear index into [E, R, C]
-        total = torch.zeros_like(index)
-        for size, step in zip(reversed(split), reversed(by_dim)):
-            total += index % size * step
-            index = index // size
-        return total
+    def offset(length: int, digits: tuple[Digit, ...]) -> torch.Tensor:
+        index = torch.arange(length)
+        return sum(index // divisor % size * stride for divisor, size, stride in digits)
 
-    row = offset(torch.arange(experts * rows) * columns).reshape(experts, rows)
-    column = offset(torch.arange(columns))
-    run = split[-1] if by_dim[-1] == 1 else 1
+    row = torch.arange(experts).unsqueeze(1) * (rows * columns) + offset(rows, row_digits)
+    column = offset(columns, column_digits)
+    _, size, stride = column_digits[-1]
+    run = size if stride == 1 else 1
     return row, column[::run].contiguous(), run
 
 

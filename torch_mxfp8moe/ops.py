@@ -6,6 +6,9 @@ PyTorch's dispatcher reaches without Python. Autograd falls through: the ops are
 input needs a gradient.
 """
 
+import dataclasses
+from collections.abc import Iterable
+
 import torch
 
 from . import dispatch, fake
@@ -295,3 +298,38 @@ def explain(*args, **kwargs) -> dispatch.Explanation:
     backend could take. ``print(explain(...))`` is meant to be read; ``.backend`` and ``.reasons`` to be used.
     """
     return dispatch.explain_call(FusedMoe(*args, **kwargs).check())
+
+
+def warmup(tokens: Iterable[int], *args, **kwargs) -> None:
+    """Compile and load all that calls of :func:`fused_moe` with these token counts need, so that no request waits.
+
+    Runs one call for each count, on the device of the weights, with made-up activations and routing, and waits for the
+    last one. Kernels are chosen by sizes, dtypes and options, never by values: what is compiled here serves every
+    later call that differs from these arguments only in values, strides and the token counts of this list. Call it
+    before CUDA graphs are captured.
+
+    Args:
+        tokens: the token counts that will be used, such as the buckets of a serving engine's graphs.
+        *args, **kwargs: the arguments of one call of :func:`fused_moe`, of any token count. ``out`` is not written.
+
+    Raises:
+        What the call raises, and ValueError for a negative token count.
+    """
+    call = FusedMoe(*args, **kwargs).check()
+    for count in tokens:
+        if count < 0:
+            raise ValueError(f"warmup: tokens has {count}; it takes counts of 0 or more")
+        with torch.no_grad():
+            replaced = {
+                name: torch.zeros((count, x.shape[1]), dtype=x.dtype, device=x.device)
+                for name, x in call.inputs.items()
+                if name in ("hidden_states", "hidden_states_scale", "topk_weights", "topk_ids")
+            }
+            # Spread over the experts, as tokens are.
+            routes = torch.arange(count * call.topk, device=call.device).view(count, call.topk)
+            replaced["topk_ids"] = (routes % call.global_experts).to(call.topk_ids.dtype)
+            if call.out is not None:
+                replaced["out"] = torch.empty((count, call.hidden), dtype=call.out.dtype, device=call.device)
+            dispatch.fused_moe(dataclasses.replace(call, **replaced))
+    if call.device.type == "cuda":
+        torch.cuda.synchronize(call.device)

@@ -1,0 +1,99 @@
+"""Our own Triton kernels: every call, on NVIDIA sm_80 and later, gfx942 and gfx950.
+
+``routing`` and ``gemm`` hold the kernels of ``fused_moe``, ``fused_moe`` the order in which they are launched,
+``quantize`` and ``preshuffle`` those of the other ops, ``numerics`` the number format, ``targets`` what differs between
+architectures. This module imports Triton only when it is asked for something.
+"""
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+
+from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from .. import Backend
+from .targets import INTERPRETED, Target, target_of
+
+MINIMUM = (3, 6)
+"""The first version of Triton that the kernels compile with."""
+
+LARGEST_EXPERT = 2**31
+"""Elements of one expert's weight, which a kernel counts with 32 bits."""
+
+_target_of = cache(target_of)
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in Python (it reads this when it is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+class Triton(Backend):
+    name = "triton"
+    priority = 50
+    description = "bundled Triton kernels for NVIDIA GPUs from sm_80 on, gfx942 and gfx950"
+
+    @cache
+    def why_unavailable(self) -> str | None:
+        if not _interpreted() and not torch.cuda.is_available():
+            return "there is no GPU that PyTorch can use"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed; it comes with PyTorch's GPU builds, or: pip install triton"
+        import triton
+
+        version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+        if version < MINIMUM:
+            return f"Triton is {triton.__version__}; the kernels take {'.'.join(map(str, MINIMUM))} or later"
+        return None
+
+    def target(self, device: torch.device) -> Target:
+        """The architecture that kernels for ``device`` are compiled for."""
+        return INTERPRETED if _interpreted() else _target_of(device)
+
+    def why_not(self, call: Call) -> str | None:
+        if not _interpreted():
+            if call.device.type != "cuda":
+                return f"the tensors are on {call.device}, not on a GPU"
+            reason = self.target(call.device).why_not
+            if reason:
+                return reason
+        if isinstance(call, (FusedMoe, Preshuffle)):
+            weights = (call.w1, call.w2) if isinstance(call, FusedMoe) else (call.weight,)
+            largest = max(weight.shape[1] * weight.shape[2] for weight in weights)
+            if largest >= LARGEST_EXPERT:
+                return f"a weight has {largest} elements an expert; it takes fewer than {LARGEST_EXPERT}"
+        return None
+
+    def _run(self, call: Call, launches) -> None:
+        from .launch import run
+
+        run(call.op, launches, call.device, self.target(call.device))
+
+    def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
+        from .quantize import quantize
+
+        launches, result = quantize(call)
+        self._run(call, launches)
+        return result
+
+    def dequantize_1x32(self, call: Dequantize) -> torch.Tensor:
+        from .quantize import dequantize
+
+        launches, result = dequantize(call)
+        self._run(call, launches)
+        return result
+
+    def preshuffle(self, call: Preshuffle) -> None:
+        from .preshuffle import preshuffle
+
+        self._run(call, preshuffle(call))
+
+    def fused_moe(self, call: FusedMoe) -> None:
+        from .fused_moe import plan
+
+        for launches in plan(call, self.target(call.device)):
+            self._run(call, launches)
+
+
+BACKEND = Triton()

@@ -1,0 +1,194 @@
+"""The grouped matrix product: rows in slots, sorted by expert, times each expert's weight.
+
+One kernel for both products of a layer and for every architecture. The weight is the left operand (so that the unit's
+larger side lies along its rows, however few tokens there are) and never leaves MXFP8 outside registers. What differs
+between architectures is one strategy:
+
+- ``upcast``: weights become bf16 in registers, activations are bf16 in memory, a 16-bit matrix unit multiplies. Every
+  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (down to 2^-133).
+- ``scaled``: both operands stay codes and scale bytes, and the matrix unit takes them as they are (gfx950, sm_100).
+"""
+
+import triton
+import triton.language as tl
+
+from .memory import offset
+from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+
+
+@triton.jit
+def _upcast(codes, byte, dtype: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values [N, K] in ``dtype``."""
+    if NATIVE_E4M3:
+        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        value = decode(codes.to(tl.int32))
+    blocks = tl.reshape(value, (codes.shape[0], codes.shape[1] // BLOCK, BLOCK))
+    blocks *= factor(byte.to(tl.int32))[:, :, None]
+    return tl.reshape(blocks, codes.shape).to(dtype)
+
+
+@triton.jit
+def _weight_tile(
+    w, row, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """Codes [BLOCK_N, BLOCK_K] uint8 from column k on; ``row``: first row, for a descriptor."""
+    if DESCRIPTOR:
+        codes = w.load([row, k])
+    else:
+        column = k + tl.arange(0, BLOCK_K)
+        pointers = w + (row_offset[:, None] + offset(column, COLUMNS, COLUMN_DIGITS)[None, :])
+        codes = tl.load(pointers, mask=(column < K)[None, :] if K % BLOCK_K else None, other=0 if K % BLOCK_K else None)
+    return codes
+
+
+@triton.jit
+def _scale_tile(
+    scale, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Scale bytes [rows, BLOCK_K / 32] from column k on; beyond K the byte of 2^-127, whose codes are zeros."""
+    block = k // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
+    pointers = scale + (row_offset[:, None] + offset(block, COLUMNS, COLUMN_DIGITS)[None, :])
+    return tl.load(pointers, mask=(block < K // BLOCK)[None, :], other=0)
+
+
+@triton.jit
+def _multiply(codes, byte, x, x_scale, total, SCALED: tl.constexpr, NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr):
+    """total [BLOCK_N, BLOCK_M] fp32 + weight tile times x [BLOCK_K, BLOCK_M].
+
+    WGMMA: the instruction goes on reading its left operand from registers after it was issued. In a loop, Triton (seen
+    in 3.6) waits for it one trip later, and the next trip's conversions may be given the same registers before that:
+    wrong results, now and then. A use of the sum makes it wait here; the use is a move that the assembler drops.
+    """
+    if SCALED:
+        total = tl.dot_scaled(codes, byte, "e4m3", x, x_scale, "e4m3", total)
+    else:
+        total = tl.dot(_upcast(codes, byte, x.dtype, NATIVE_E4M3), x, total, input_precision="ieee")
+        if WGMMA:
+            total = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=f,f", [total], dtype=tl.float32, is_pure=True, pack=1
+            )
+    return total
+
+
+@triton.jit(do_not_specialize=["weights_stride"], do_not_specialize_on_alignment=["topk_weights"])
+def grouped_gemm_kernel(
+    x, x_scale, w, w_scale, bias, out, out_scale, tiles, offsets, routes, topk_weights,
+    weights_stride: "i64", alpha: "fp32", beta: "fp32", limit: "fp32",
+    K: tl.constexpr, N: tl.constexpr,
+    EXPERT_STRIDE: tl.constexpr, ROWS: tl.constexpr, ROW_DIGITS: tl.constexpr, COLUMNS: tl.constexpr,
+    COLUMN_DIGITS: tl.constexpr, SCALE_EXPERT_STRIDE: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    SCALE_ROW_DIGITS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, SCALE_COLUMN_DIGITS: tl.constexpr,
+    GATE_UP: tl.constexpr, MXFP8: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr,
+    NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
+
+    x [R, K] bf16, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout (ROWS, COLUMNS, ...
+    say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up, rounded to MXFP8 or
+    bf16; the routing weight multiplies gate and up if ``topk_weights`` is there. Otherwise the product itself.
+    """
+    pid = tl.program_id(0)
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = pid // column_tiles
+    expert = tl.load(tiles + 2 * tile)
+    if expert >= 0:
+        first = tl.load(tiles + 2 * tile + 1)
+        end = tl.load(offsets + expert + 1)
+        n = pid % column_tiles * BLOCK_N
+        halves: tl.constexpr = 2 if GATE_UP else 1
+
+        column = n + tl.arange(0, BLOCK_N)
+        n_safe = column if N % BLOCK_N == 0 else tl.where(column < N, column, 0)
+        slot = first + tl.arange(0, BLOCK_M)
+        scale_base = w_scale + expert.to(tl.int64) * SCALE_EXPERT_STRIDE
+        w_row = offset(n_safe, ROWS, ROW_DIGITS)
+        s_row = offset(n_safe, SCALE_ROWS, SCALE_ROW_DIGITS)
+        if GATE_UP:
+            w_row_up = offset(N + n_safe, ROWS, ROW_DIGITS)
+            s_row_up = offset(N + n_safe, SCALE_ROWS, SCALE_ROW_DIGITS)
+        row = (expert * halves * N + n).to(tl.int32)
+        if DESCRIPTORS:
+            w_base = w
+        else:
+            w_base = w + expert.to(tl.int64) * EXPERT_STRIDE
+            x_row = tl.where(slot < end, slot, first).to(tl.int64) * K
+        if SCALED:
+            x_scale_row = tl.where(slot < end, slot, first).to(tl.int64) * (K // BLOCK)
+
+        gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        byte = _scale_tile(scale_base, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+        if GATE_UP:
+            byte_up = _scale_tile(scale_base, s_row_up, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+        for k in tl.range(0, K, BLOCK_K):
+            # Small loads that the compiler does not pipeline: those of the next trip are under way during this one.
+            byte_next = _scale_tile(scale_base, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+            if GATE_UP:
+                byte_up_next = _scale_tile(
+                    scale_base, s_row_up, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K
+                )
+            k_index = k + tl.arange(0, BLOCK_K)
+            if DESCRIPTORS:
+                x_tile = x.load([first, k]).T
+            elif K % BLOCK_K:
+                x_tile = tl.load(x + (x_row[None, :] + k_index[:, None]), mask=(k_index < K)[:, None], other=0)
+            else:
+                x_tile = tl.load(x + (x_row[None, :] + k_index[:, None]))
+            if SCALED:
+                block = k // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
+                x_byte = tl.load(
+                    x_scale + (x_scale_row[:, None] + block[None, :]), mask=(block < K // BLOCK)[None, :], other=0
+                )
+            else:
+                x_byte = 0
+            codes = _weight_tile(w_base, row, w_row, k, K, COLUMNS, COLUMN_DIGITS, BLOCK_N, BLOCK_K, DESCRIPTORS)
+            gate = _multiply(codes, byte, x_tile, x_byte, gate, SCALED, NATIVE_E4M3, WGMMA)
+            if GATE_UP:
+                codes = _weight_tile(
+                    w_base, row + N, w_row_up, k, K, COLUMNS, COLUMN_DIGITS, BLOCK_N, BLOCK_K, DESCRIPTORS
+                )
+                up = _multiply(codes, byte_up, x_tile, x_byte, up, SCALED, NATIVE_E4M3, WGMMA)
+
+            byte = byte_next
+            if GATE_UP:
+                byte_up = byte_up_next
+
+        if bias is not None:
+            bias_row = bias + expert.to(tl.int64) * (halves * N) + n_safe
+            gate += tl.load(bias_row).to(tl.float32)[:, None]
+            if GATE_UP:
+                up += tl.load(bias_row + N).to(tl.float32)[:, None]
+        if GATE_UP:
+            if topk_weights is not None:
+                route = tl.load(routes + slot, mask=slot < end, other=0).to(tl.int64)
+                weight = tl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(tl.float32)
+                gate *= weight[None, :]
+                up *= weight[None, :]
+            if LIMITED:  # comparisons that keep NaN
+                gate = tl.where(gate > limit, limit, gate)
+                up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+            gate = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
+
+        result = tl.trans(gate)
+        pointers = slot.to(tl.int64)[:, None] * N + column[None, :]
+        within = (slot < end)[:, None] & (column < N)[None, :]
+        if GATE_UP and MXFP8:
+            blocks = tl.reshape(result, (BLOCK_M * BLOCK_N // BLOCK, BLOCK))
+            byte = scale_byte(block_amax(blocks), "rceil")
+            code = encode(blocks, byte[:, None])
+            if out_scale is not None:
+                block = n // BLOCK + tl.arange(0, BLOCK_N // BLOCK)
+                tl.store(
+                    out_scale + slot.to(tl.int64)[:, None] * (N // BLOCK) + block[None, :],
+                    tl.reshape(byte, (BLOCK_M, BLOCK_N // BLOCK)).to(tl.uint8),
+                    mask=(slot < end)[:, None] & (block < N // BLOCK)[None, :],
+                )
+                result = tl.reshape(code, (BLOCK_M, BLOCK_N))
+            else:
+                result = tl.reshape(decode(code) * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
+        elif GATE_UP:
+            result = result.to(tl.bfloat16)
+        tl.store(out + pointers, result.to(out.dtype.element_ty), mask=within)

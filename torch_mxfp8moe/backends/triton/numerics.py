@@ -1,0 +1,100 @@
+"""The MXFP8 number format inside Triton kernels: scale bytes, codes and values.
+
+All of it is integer arithmetic on the bits of fp32: it gives the same bytes on every GPU, needs no fp8 type (sm_80 has
+none), and does not depend on how a compiler divides or rounds. The definition is :mod:`torch_mxfp8moe.reference`.
+"""
+
+import triton
+import triton.language as tl
+
+from ... import formats
+
+BLOCK = tl.constexpr(formats.BLOCK)
+SCALE_NAN = tl.constexpr(formats.SCALE_NAN)
+SCALE_ONE = tl.constexpr(formats.SCALE_ONE)
+E4M3_NAN = tl.constexpr(formats.E4M3_NAN)
+
+assert formats.E4M3_MAX == 1.75 * 2**8  # what the bit patterns below are made for
+MAX_EXPONENT = tl.constexpr(8)
+MAX_MANTISSA = tl.constexpr(0x600000)
+MAX_CODE = tl.constexpr(0x7E)
+
+
+def rceil_excess(exponent: int) -> int:
+    """How far above 1.75 a block's largest mantissa may be, in ulp, without its scale going up by one.
+
+    ``exponent`` is the biased one of amax / 448, where amax has a mantissa of 1.75 or more. With M its mantissa as an
+    integer, fl(4 M / 7) > 2^23 + slack is, since 4 M / 7 is never half way between two integers, the same as
+    8 (M - 1.75 * 2^23) > 14 slack + 7. At exponent 0: M 2^7 / 448 >= 2^22 + slack + 1/2, a tie goes to even, so up.
+    """
+    slack = formats.rceil_slack(exponent)
+    if exponent == 0:
+        return -(-(448 * slack + 224) // 128) - 1
+    return (14 * slack + 7) // 8
+
+
+_EXPONENTS = range(255 - MAX_EXPONENT.value)
+_STEPS = [e for e in _EXPONENTS if e == 0 or rceil_excess(e) != rceil_excess(e - 1)]
+RCEIL_STEPS = tl.constexpr(len(_STEPS))
+RCEIL_FROM = tl.constexpr(tuple(_STEPS))
+RCEIL_EXCESS = tl.constexpr(tuple(rceil_excess(e) for e in _STEPS))
+"""From exponent RCEIL_FROM[i] on, the excess is RCEIL_EXCESS[i]."""
+
+
+@triton.jit
+def block_amax(x):
+    """x [N, 32] fp32 -> the bits of each block's largest magnitude [N] int32; above 0x7F7FFFFF for Inf and NaN."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def scale_byte(amax, ROUNDING: tl.constexpr):
+    """Bits of amax, int32 of any shape -> E8M0 byte, int32. ROUNDING as in :func:`..reference.scale_bytes`."""
+    if ROUNDING == "rceil":
+        exponent = (amax >> 23) - MAX_EXPONENT
+        limit = tl.zeros_like(amax)
+        for i in tl.static_range(RCEIL_STEPS):
+            limit = tl.where(exponent >= RCEIL_FROM[i], RCEIL_EXCESS[i], limit)
+        up = (exponent >= 0) & ((amax & 0x7FFFFF) - MAX_MANTISSA > limit)
+        byte = tl.maximum(exponent, 0) + up.to(tl.int32)
+    else:
+        bits = amax
+        if ROUNDING == "even":
+            bits += 1 << 19
+        byte = bits >> 23
+        if ROUNDING == "ceil":
+            byte += ((bits & 0x7FFFFF) > 0).to(tl.int32)
+        byte = tl.maximum(byte - MAX_EXPONENT, 0)
+    return tl.where(amax >= 0x7F800000, SCALE_NAN, byte)
+
+
+@triton.jit
+def encode(x, byte):
+    """x [N, 32] fp32, byte [N, 1] int32 -> e4m3 codes [N, 32] int32 of x * 2^(127 - byte), saturated."""
+    scaled = x * ((254 - byte) << 23).to(tl.float32, bitcast=True)
+    bits = scaled.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # 4 bits of exponent and 3 of mantissa, rounded by a carry; e4m3's bias is 120 below that of fp32.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes count multiples of 2^-9, which is the fp32 spacing from 2^14 up.
+    subnormal = (tl.abs(scaled) + 16384.0).to(tl.int32, bitcast=True) - (141 << 23)
+    code = tl.where(magnitude < (121 << 23), subnormal, tl.minimum(normal, MAX_CODE))
+    code |= (bits >> 24) & 0x80
+    return tl.where(byte == SCALE_NAN, E4M3_NAN, code)
+
+
+@triton.jit
+def decode(code):
+    """e4m3 codes, int32 -> their values, fp32."""
+    magnitude = code & 0x7F
+    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(magnitude == E4M3_NAN, float("nan"), value)
+    return tl.where(code > 0x7F, -value, value)
+
+
+@triton.jit
+def factor(byte):
+    """E8M0 bytes, int32 -> 2^(byte - 127), fp32; NaN for 255."""
+    bits = tl.where(byte == 0, 0x400000, byte << 23)
+    return tl.where(byte == SCALE_NAN, 0x7FC00000, bits).to(tl.float32, bitcast=True)

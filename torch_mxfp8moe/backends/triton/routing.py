@@ -1,0 +1,161 @@
+"""Which row goes to which expert, and back: everything of ``fused_moe`` but its two matrix products.
+
+A route is one (token, k) pair, numbered token * K + k. ``route_kernel`` gives every route that reaches a local expert a
+slot, such that the slots of one expert are neighbours, in the order of the routes: a counting sort that never tells the
+host anything, never uses an atomic and gives the same slots every time. ``dispatch_kernel`` rounds the activations and
+copies them to their slots, so that the products read and write contiguous rows. ``combine_kernel`` sums the results.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+
+
+@triton.jit
+def _local_experts(
+    topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known,
+    EXPERTS: tl.constexpr, TOPK: tl.constexpr,
+):  # fmt: skip
+    """The local expert of each of ``route`` [N], int32, -1 where it adds nothing. Ids are checked before any cast."""
+    token = route // TOPK
+    within = route < routes_total
+    ids = tl.load(topk_ids + token.to(tl.int64) * ids_stride + route % TOPK, mask=within, other=-1)
+    valid = (ids >= 0) & (ids < known)
+    local = tl.where(valid, ids, 0).to(tl.int32)
+    if expert_map is not None:
+        local = tl.load(expert_map + local, mask=valid, other=-1)
+        valid &= (local >= 0) & (local < EXPERTS)
+    if num_tokens is not None:
+        valid &= token + first_token < tl.load(num_tokens)
+    return tl.where(valid, local, -1)
+
+
+@triton.jit(
+    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
+)
+def route_kernel(
+    topk_ids, expert_map, num_tokens, slots, routes, offsets,
+    routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
+    EXPERTS: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program an expert. Writes slots [R] (-1: adds nothing), routes [R] by slot, offsets [E + 1] in slots."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, N)
+    before = tl.zeros([N], tl.int32)
+    own = tl.zeros([N], tl.int32)
+    for start in range(0, routes_total, N):
+        local = _local_experts(
+            topk_ids, expert_map, num_tokens, start + lane, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
+        )  # fmt: skip
+        before += ((local >= 0) & (local < expert)).to(tl.int32)
+        own += (local == expert).to(tl.int32)
+    slot = tl.sum(before)
+    tl.store(offsets + expert, slot)
+    if expert == EXPERTS - 1:
+        tl.store(offsets + EXPERTS, slot + tl.sum(own))
+    for start in range(0, routes_total, N):
+        route = start + lane
+        local = _local_experts(
+            topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
+        )  # fmt: skip
+        mine = local == expert
+        rank = tl.cumsum(mine.to(tl.int32), 0)
+        tl.store(routes + slot + rank - 1, route, mask=mine)
+        tl.store(slots + route, slot + rank - 1, mask=mine)
+        if expert == 0:
+            tl.store(slots + route, -1, mask=(route < routes_total) & (local < 0))
+        slot += tl.sum(mine.to(tl.int32))
+
+
+@triton.jit
+def _list_tiles(offsets, tiles, tiles_bound, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The tiles of one expert: (expert, first slot) for each BLOCK_M of its slots, after the experts before."""
+    expert = tl.program_id(0)
+    others = tl.arange(0, EXPERTS_POW2)
+    start = tl.load(offsets + others, mask=others < EXPERTS, other=0)
+    end = tl.load(offsets + others + 1, mask=others < EXPERTS, other=0)
+    count = (end - start + BLOCK_M - 1) // BLOCK_M
+    first = tl.sum(tl.where(others < expert, count, 0))
+    own = tl.sum(tl.where(others == expert, count, 0))
+    slot = tl.sum(tl.where(others == expert, start, 0))
+    lane = tl.arange(0, 128)
+    for i in range(0, own, 128):
+        tile = i + lane
+        tl.store(tiles + 2 * (first + tile), expert, mask=tile < own)
+        tl.store(tiles + 2 * (first + tile) + 1, slot + tile * BLOCK_M, mask=tile < own)
+    if expert == EXPERTS - 1:
+        for tile in range(first + own, tiles_bound, 128):
+            tl.store(tiles + 2 * (tile + lane), -1, mask=tile + lane < tiles_bound)
+
+
+@triton.jit(
+    do_not_specialize=["x_stride", "x_scale_stride", "tiles_bound"], do_not_specialize_on_alignment=["x", "x_scale"]
+)
+def dispatch_kernel(
+    x, x_scale, slots, offsets, rows, rows_scale, tiles,
+    x_stride: "i64", x_scale_stride: "i64", tiles_bound: "i32",
+    H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
+    MXFP8: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Programs 0..E-1 list the tiles [tiles_bound, 2] of their experts (-1: none); each other one takes N blocks of a
+    token of x [T, H], rounds them and copies them to the slots of the token's routes.
+
+    x_scale: of x that is MXFP8 already, or None. MXFP8: round to MXFP8, else to bf16. Rows are written as codes and
+    rows_scale if there is one, else as bf16, which holds MXFP8 values exactly from 2^-133 up.
+    """
+    pid = tl.program_id(0)
+    if pid < EXPERTS:
+        _list_tiles(offsets, tiles, tiles_bound, EXPERTS, EXPERTS_POW2, BLOCK_M)
+    else:
+        parts: tl.constexpr = (H // BLOCK + N - 1) // N
+        token = ((pid - EXPERTS) // parts).to(tl.int64)
+        last = -1
+        for k in tl.static_range(TOPK):
+            last = tl.maximum(last, tl.load(slots + token * TOPK + k))
+        if last >= 0:
+            block = (pid - EXPERTS) % parts * N + tl.arange(0, N)
+            index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+            block_within = block < H // BLOCK
+            within = block_within[:, None] & (index < H)
+            values = tl.load(x + token * x_stride + index, mask=within, other=0)
+            if x_scale is not None:
+                byte = tl.load(x_scale + token * x_scale_stride + block, mask=block_within, other=0).to(tl.int32)
+                code = values.to(tl.int32)
+            elif MXFP8:
+                byte = scale_byte(block_amax(values.to(tl.float32)), "rceil")
+                code = encode(values.to(tl.float32), byte[:, None])
+            if rows_scale is not None:
+                result = code.to(tl.uint8)
+            elif MXFP8 or x_scale is not None:
+                result = decode(code) * factor(byte)[:, None]
+            else:
+                result = values.to(tl.bfloat16)
+            for k in tl.static_range(TOPK):
+                slot = tl.load(slots + token * TOPK + k).to(tl.int64)
+                if slot >= 0:
+                    tl.store(rows + slot * H + index, result.to(rows.dtype.element_ty), mask=within)
+                    if rows_scale is not None:
+                        tl.store(rows_scale + slot * (H // BLOCK) + block, byte.to(tl.uint8), mask=block_within)
+
+
+@triton.jit(do_not_specialize=["weights_stride", "out_stride"], do_not_specialize_on_alignment=["topk_weights", "out"])
+def combine_kernel(
+    terms, slots, topk_weights, out, weights_stride: "i64", out_stride: "i64",
+    H: tl.constexpr, TOPK: tl.constexpr, WEIGHTED: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """out [T, H] = the sum over k = 0..K-1, in this order and in fp32, of weight * the term in the route's slot."""
+    parts: tl.constexpr = (H + N - 1) // N
+    token = (tl.program_id(0) // parts).to(tl.int64)
+    column = tl.program_id(0) % parts * N + tl.arange(0, N)
+    within = column < H
+    total = tl.zeros([N], tl.float32)
+    for k in tl.static_range(TOPK):
+        slot = tl.load(slots + token * TOPK + k).to(tl.int64)
+        if slot >= 0:
+            term = tl.load(terms + slot * H + column, mask=within, other=0.0).to(tl.float32)
+            if WEIGHTED:
+                term *= tl.load(topk_weights + token * weights_stride + k).to(tl.float32)
+            total += term
+    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=within)

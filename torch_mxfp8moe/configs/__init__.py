@@ -1,0 +1,127 @@
+"""Tuned values as data: JSON files, read once, checked when they are read.
+
+``triton/<arch>.json`` (``sm_90.json``, ``gfx950.json``; ``default.json`` for an architecture that has none) holds the
+tile sizes of the Triton kernels::
+
+    {"tiles": [RULE, ...], "shapes": [{"hidden": H, "intermediate": I, "experts": E, "topk": K, "tiles": [RULE, ...]}]}
+
+    RULE = {"rows_per_expert": 16, "block_m": 16, "gemm1": GEMM, "gemm2": GEMM}
+    GEMM = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4, "descriptors": true, ...}
+
+Of the rules of a shape, or those of ``tiles`` if the shape is not listed, the first one serves a call whose
+tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
+null there and serves the rest. The choice depends on shapes only, never on where tokens are routed. Keys that GEMM has
+beyond those shown are handed to Triton's compiler as options.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """The tile of one grouped product, and how it is compiled."""
+
+    block_n: int
+    """Rows of the weight, which are output columns. w1: that many gate rows and as many up rows."""
+    block_k: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    """Load through tensor descriptors (TMA)."""
+    options: dict = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one call of ``fused_moe``."""
+
+    rows_per_expert: float | None
+    block_m: int
+    """Routes of one expert that a tile takes."""
+    gemm1: Gemm
+    gemm2: Gemm
+
+
+@dataclass(frozen=True)
+class Config:
+    """One file."""
+
+    tiles: tuple[Tiles, ...]
+    shapes: dict[tuple[int, int, int, int], tuple[Tiles, ...]]
+    """By (hidden, intermediate, experts, topk)."""
+
+
+def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high or value & (value - 1):
+        raise ValueError(f"{where}: {name} is {value!r}; it takes a power of two from {low} to {high}")
+    return value
+
+
+def _gemm(where: str, data: dict) -> Gemm:
+    data = dict(data)
+    tile = Gemm(
+        block_n=_power_of_two(where, "block_n", data.pop("block_n", None), 32, 256),
+        block_k=_power_of_two(where, "block_k", data.pop("block_k", None), 32, 512),
+        num_warps=_power_of_two(where, "num_warps", data.pop("num_warps", None), 1, 16),
+        num_stages=data.pop("num_stages", None),
+        descriptors=data.pop("descriptors", False),
+        options=data,
+    )
+    if not isinstance(tile.num_stages, int) or not 1 <= tile.num_stages <= 8:
+        raise ValueError(f"{where}: num_stages is {tile.num_stages!r}; it takes 1 to 8")
+    if not isinstance(tile.descriptors, bool):
+        raise ValueError(f"{where}: descriptors is {tile.descriptors!r}; it takes true or false")
+    return tile
+
+
+def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
+    result, before = [], 0.0
+    for i, rule in enumerate(rules):
+        here = f"{where}, rule {i}"
+        if set(rule) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
+            raise ValueError(f"{here}: has the keys {sorted(rule)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
+        rows = rule["rows_per_expert"]
+        if (rows is None) != (i == len(rules) - 1) or (rows is not None and rows <= before):
+            raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
+        before = rows or before
+        block_m = _power_of_two(here, "block_m", rule["block_m"], 16, 256)
+        result.append(Tiles(rows, block_m, *(_gemm(f"{here}, {g}", rule[g]) for g in ("gemm1", "gemm2"))))
+    if not result:
+        raise ValueError(f"{where}: there is no rule; it takes one or more")
+    return tuple(result)
+
+
+def parse(where: str, data: dict) -> Config:
+    """The content of a file, checked; ``where`` is its name in errors."""
+    if set(data) - {"tiles", "shapes"} or "tiles" not in data:
+        raise ValueError(f"{where}: has the keys {sorted(data)}; it takes tiles and shapes")
+    shapes = {}
+    for shape in data.get("shapes", []):
+        key = tuple(shape.get(name) for name in ("hidden", "intermediate", "experts", "topk"))
+        if set(shape) != {"hidden", "intermediate", "experts", "topk", "tiles"} or key in shapes:
+            raise ValueError(f"{where}: shape {shape} has other keys than it takes, or is there twice")
+        shapes[key] = _rules(f"{where}, shape {key}", shape["tiles"])
+    return Config(_rules(where, data["tiles"]), shapes)
+
+
+@cache
+def load(arch: str) -> Config:
+    """The Triton kernels' tiles on ``arch``."""
+    path = FOLDER / "triton" / f"{arch}.json"
+    if not path.exists():
+        path = path.with_name("default.json")
+    return parse(path.name, json.loads(path.read_text()))
+
+
+def choose(arch: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int) -> Tiles:
+    """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over."""
+    config = load(arch)
+    for tiles in config.shapes.get((hidden, intermediate, experts, topk), config.tiles):
+        if tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts:
+            return tiles
+    raise AssertionError("the last rule has no limit")
