@@ -127,7 +127,11 @@ class _Part:
         descriptors = descriptors and w.data_ptr() % 16 == 0
         if descriptors:
             x_operand = TensorDescriptor(x, list(x.shape), list(x.stride()), [self.tiles.block_m, block_k])
-            w_operand = TensorDescriptor(w, [experts * rows, columns], [columns, 1], [tile.block_n, block_k])
+            halves = rows // n
+            w_operand = TensorDescriptor(
+                w, [experts, halves, n, columns], [rows * columns, n * columns, columns, 1],
+                [1, halves, tile.block_n, block_k],
+            )  # fmt: skip
         else:
             x_operand, w_operand = x, w
         weights = self._of(call.topk_weights) if gate_up and self.weight_on_input else None
