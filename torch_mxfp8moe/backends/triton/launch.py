@@ -122,12 +122,20 @@ class _Ready:
                 operand = descriptor.operand if descriptor else argument
                 offset = operand.tensor(memory).data_ptr() - memory[operand.source].data_ptr()
                 self.slots.append((i, operand.source, offset, descriptor))
+        self.descriptors = {}
+
+    def _descriptor(self, i: int, descriptor: Descriptor, address: int) -> TensorDescriptor:
+        """Argument i; the last one made for it, if that was for the same address."""
+        known = self.descriptors.get(i)
+        if known is None or known.base.address != address:
+            known = self.descriptors[i] = descriptor.of(_Address(address, descriptor.operand.dtype))
+        return known
 
     def run(self, addresses: dict[str, int], stream: int) -> None:
         arguments = self.arguments.copy()
         for i, source, offset, descriptor in self.slots:
             address = addresses[source] + offset
-            arguments[i] = address if descriptor is None else descriptor.of(_Address(address, descriptor.operand.dtype))
+            arguments[i] = address if descriptor is None else self._descriptor(i, descriptor, address)
         self.kernel[self.grid](*arguments, stream=stream)
 
 
