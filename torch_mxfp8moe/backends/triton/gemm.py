@@ -112,10 +112,13 @@ def grouped_gemm_kernel(
         safe_slot = tl.where(slot < end, slot, first).to(tl.int64)
 
         total = tl.zeros([rows, BLOCK_M], tl.float32)
-        byte = _scale_tile(scales, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+        if not SCALED:
+            byte = _scale_tile(scales, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
-            # Small loads that the compiler does not pipeline: those of the next trip are under way during this one.
-            byte_next = _scale_tile(scales, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+            if SCALED:  # Pipelined by the compiler; carried from trip to trip, they crash Triton 3.6 and 3.7 on sm_100.
+                byte = _scale_tile(scales, s_row, k, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+            else:  # Small loads that the compiler does not pipeline: the next trip's are under way during this one.
+                byte_next = _scale_tile(scales, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
             k_index = k + tl.arange(0, BLOCK_K)
             if DESCRIPTORS:
                 x_tile = x.load([first, k]).T
@@ -134,7 +137,8 @@ def grouped_gemm_kernel(
                 x_byte = 0
             codes = _weight_tile(weights, expert, n, w_row, k, K, COLUMNS, COLUMN_DIGITS, rows, BLOCK_K, DESCRIPTORS)
             total = _multiply(codes, byte, x_tile, x_byte, total, SCALED, NATIVE_E4M3, WGMMA)
-            byte = byte_next
+            if not SCALED:
+                byte = byte_next
 
         if bias is not None:
             total += tl.load(bias + expert.to(tl.int64) * (halves * N) + weight_row).to(tl.float32)[:, None]
