@@ -7,6 +7,7 @@ addresses, which costs the host a few microseconds a launch instead of Triton's 
 
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -215,18 +216,24 @@ class _OfflineDriver:
 _offline = threading.Lock()
 
 
-def compile_offline(launches: Iterable[Launch], target: Target) -> list[CompiledKernel]:
-    """Each of ``launches``, bound, as machine code for ``target``; needs no GPU, and tensors may be on ``meta``."""
+@contextmanager
+def offline(target: Target):
+    """Triton compiles for ``target``, with no GPU. Meanwhile nothing else of this process may launch a kernel, since
+    Triton knows one driver at a time."""
     if target.capability:
         gpu = GPUTarget("cuda", target.capability, 32)
     else:
         gpu = GPUTarget("hip", target.arch, 64)
     with _offline:
+        before = driver._active  # None if nobody needed a driver yet; reset_active() would look for a GPU
         driver.set_active(_OfflineDriver(gpu))
         try:
-            return [launch.compiled() for launch in launches]
+            yield
         finally:
-            try:
-                driver.reset_active()
-            except RuntimeError:  # there is no GPU here; the next who needs one is told so
-                driver.set_active(None)
+            driver.set_active(before)
+
+
+def compile_offline(launches: Iterable[Launch], target: Target) -> list[CompiledKernel]:
+    """Each of ``launches``, bound, as machine code for ``target``; needs no GPU, and tensors may be on ``meta``."""
+    with offline(target):
+        return [launch.compiled() for launch in launches]
