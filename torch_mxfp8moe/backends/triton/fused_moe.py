@@ -179,8 +179,8 @@ def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     """What computes ``call`` and all calls of the same signature; ``tiles`` instead of the configured ones."""
     if tiles is None:
         tiles = configs.choose(
-            target.arch, tokens=call.tokens, hidden=call.hidden, intermediate=call.intermediate,
-            experts=max(call.experts, call.global_experts), topk=call.topk,
+            target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,
+            intermediate=call.intermediate, experts=max(call.experts, call.global_experts), topk=call.topk,
         )  # fmt: skip
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)
