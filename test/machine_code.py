@@ -91,8 +91,8 @@ def read(kernel, arch: str) -> Code:
 
 
 def check(code: Code, stack: int = 0) -> None:
-    """What holds for every kernel: it fits, nothing is spilled (or no more than ``stack`` bytes of a thread), the result
-    does not depend on the order of atomics."""
+    """What holds for every kernel: it fits, a thread spills at most ``stack`` bytes, no result depends on the order
+    of atomics."""
     assert code.shared <= SHARED[code.arch], f"too much shared memory: {code.summary}"
     assert code.stack <= stack and code.scalars <= SCALARS, f"spills: {code.summary}"
     if code.arch.startswith("sm_"):

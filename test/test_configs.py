@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch_mxfp8moe import configs
 
 FILES = sorted((configs.FOLDER / "triton").glob("*.json"))
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
 DTYPES = ("mxfp8", "bf16")
 
 GEMM = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 2}
@@ -38,19 +38,20 @@ def test_every_file_is_of_an_architecture():
 
 def test_which_file_serves(monkeypatch, tmp_path):
     (tmp_path / "triton").mkdir()
-    for i, name in enumerate(("default", "sm_90", "gfx950", "gfx950-bf16")):
+    for i, name in enumerate(("default", "sm_90", "gfx950", "gfx950-bf16", "sm_100")):
         (tmp_path / "triton" / f"{name}.json").write_text(json.dumps({"tiles": [LAST | {"block_m": 16 << i}]}))
     monkeypatch.setattr(configs, "FOLDER", tmp_path)
     configs.load.cache_clear()
     served = {
         (arch, dtype): configs.load(arch, dtype).tiles[0].block_m
-        for arch in ("sm_80", "sm_90", "gfx950") for dtype in DTYPES
+        for arch in ("sm_80", "sm_90", "gfx950", "sm_103") for dtype in DTYPES
     }  # fmt: skip
     configs.load.cache_clear()
     assert served == {
         ("sm_80", "mxfp8"): 16, ("sm_80", "bf16"): 16,
         ("sm_90", "mxfp8"): 32, ("sm_90", "bf16"): 32,
         ("gfx950", "mxfp8"): 64, ("gfx950", "bf16"): 128,
+        ("sm_103", "mxfp8"): 256, ("sm_103", "bf16"): 256,
     }  # fmt: skip
 
 
@@ -133,7 +134,8 @@ def test_rules_that_do_not_serve_everything():
 @pytest.mark.parametrize("value", ("16", True, [16], float("nan")), ids=repr)
 def test_rows_that_are_no_number(value):
     said = wrong(lambda data: data["tiles"][0].update(rows_per_expert=value))
-    assert said == f"file.json, rule 0: rows_per_expert is {value!r}; it takes rising numbers, and null in the last rule"
+    takes = "it takes rising numbers, and null in the last rule"
+    assert said == f"file.json, rule 0: rows_per_expert is {value!r}; {takes}"
 
 
 def test_a_shape_with_another_key():

@@ -21,7 +21,7 @@ from torch_mxfp8moe.backends.triton import _interpreted
 from torch_mxfp8moe.backends.triton.targets import Target
 from torch_mxfp8moe.configs import Gemm, Tiles
 
-triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
 if _interpreted():
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
@@ -32,11 +32,6 @@ from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E40
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 
 ARCHS = tuple(machine_code.SHARED)
-TRITON = ".".join(triton.__version__.split(".")[:2])
-KNOWN_STACK = {("sm_90", "3.9"): 264}
-"""Bytes of stack that products use at most: tiles measured with Triton 3.6, of which the assembler that 3.9 comes with
-keeps eight registers and more in memory."""
-
 SCOPES = ("few", "usual", "all")
 SCOPE = SCOPES.index(os.environ.get("MXFP8MOE_COMPILE", "usual"))
 
@@ -100,7 +95,6 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
     """``launches`` as code, checked; what equals an earlier one is compiled once. Products may use ``stack`` bytes."""
     record("target", arch)
     record("kernels", len(launches))
-    stack = max(stack, KNOWN_STACK.get((arch, TRITON), 0))
     codes = [_code(kernel, arch) for kernel in compile_offline(launches, Target(arch))]
     for launch, code in zip(launches, codes):
         if launch.kernel is grouped_gemm_kernel:
@@ -124,7 +118,7 @@ def gemm_cases():
             if torch_mxfp8moe.LAYOUTS[layout].why_not(2 * sizes["I"], sizes["H"], True):
                 continue
             last = rule == len(rules) - 1
-            if layout != "row_major":  # read by the same loads everywhere: the architecture it is made for, and one more
+            if layout != "row_major":  # the architecture it is made for, and one more
                 scope = 1 if shape == M3 and arch == "gfx950" else 1 if shape == M3 and arch == "sm_90" and last else 2
             elif dtype == "mxfp8":
                 scope = 0 if shape == M3 else 1 if shape == GPT_OSS or shape == QWEN_TP4 and last else 2

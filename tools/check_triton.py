@@ -66,9 +66,9 @@ def run(triton: Path, scope: str, tests: tuple[str, ...] = ()) -> tuple[dict[str
     environment.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        pytest = [sys.executable, "-m", "pytest", "-c", "test/pytest.ini", "--rootdir", ".", "-q", "--tb=short", "-o", "junit_family=xunit1"]
+        pytest = [sys.executable, "-m", "pytest", "-c", "test/pytest.ini", "--rootdir", ".", "-q", "--tb=short"]
         done = subprocess.run(
-            [*pytest, f"--junitxml={report}", COMPILE_TESTS, *tests],
+            [*pytest, "-o", "junit_family=xunit1", f"--junitxml={report}", COMPILE_TESTS, *tests],
             env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         rows = defaultdict(Row)
@@ -88,7 +88,7 @@ def run(triton: Path, scope: str, tests: tuple[str, ...] = ()) -> tuple[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", help="more tests to run, as pytest takes them, from the root of the sources")
+    parser.add_argument("tests", nargs="*", help="more tests to run, as pytest takes them, from the sources' root")
     parser.add_argument("--versions", nargs="+", default=VERSIONS, metavar="V", help=f"default: {' '.join(VERSIONS)}")
     parser.add_argument("--scope", choices=("few", "usual", "all"), default="few", help="how much to compile")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the versions are (default: build/triton)")

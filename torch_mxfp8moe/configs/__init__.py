@@ -1,8 +1,8 @@
 """Tuned values as data: JSON files, read once, checked when they are read.
 
 ``triton/<arch>.json`` (``sm_90.json``, ``gfx950.json``; ``default.json`` for an architecture that has none) holds the
-tile sizes of the Triton kernels, and ``triton/<arch>-bf16.json``, if it is there, those for bf16 activations, where that
-is another matrix instruction::
+tile sizes of the Triton kernels, and ``triton/<arch>-bf16.json``, if it is there, those for bf16 activations, where
+that is another matrix instruction::
 
     {"tiles": [RULE, ...], "shapes": [{"hidden": H, "intermediate": I, "experts": E, "topk": K, "tiles": [RULE, ...]}]}
 
@@ -21,6 +21,9 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+
+ALIKE = {"sm_103": "sm_100"}
+"""Architectures that take the files of another one."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def parse(where: str, data: dict) -> Config:
 @cache
 def load(arch: str, activation_dtype: str = "mxfp8") -> Config:
     """The Triton kernels' tiles on ``arch``."""
+    arch = ALIKE.get(arch, arch)
     paths = [FOLDER / "triton" / f"{name}.json" for name in (f"{arch}-{activation_dtype}", arch, "default")]
     path = next(path for path in paths if path.exists())
     return parse(path.name, json.loads(path.read_text()))
