@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 from gpu import needs_gpu
 from helpers import HERE, PACKAGE
 
-SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(CUDA_HOME or "/", "bin")))
+SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH')}{os.pathsep}{CUDA_HOME or ''}/bin")
 
 pytestmark = [
     needs_gpu,

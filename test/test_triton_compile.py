@@ -5,7 +5,6 @@ compiled: ``few`` (of each tile and kernel one), ``usual`` (the default), ``all`
 layouts). ``tools/check_triton.py`` runs it with other versions of Triton.
 """
 
-import csv
 import os
 from functools import cache
 from itertools import product
@@ -14,7 +13,8 @@ import pytest
 import torch
 
 import torch_mxfp8moe
-from helpers import E4M3, FLOATS, HERE, MODES
+from helpers import E4M3, FLOATS, MODES
+from shapes import rows
 from torch_mxfp8moe import configs
 from torch_mxfp8moe.arguments import FusedMoe, Preshuffle
 from torch_mxfp8moe.backends.triton import _interpreted
@@ -36,21 +36,14 @@ SCOPES = ("few", "usual", "all")
 SCOPE = SCOPES.index(os.environ.get("MXFP8MOE_COMPILE", "usual"))
 
 
-def _shapes() -> dict[str, dict]:
-    """shapes.csv: what :func:`moe` takes, by model and parallelism."""
-    shapes = {}
-    with open(HERE / "shapes.csv") as file:
-        for row in csv.DictReader(file):
-            experts = int(row["experts"])
-            local = 32 if "32 local experts" in row["parallel"] else experts
-            shapes[f"{row['model']} {row['parallel'].split(' (')[0]}"] = dict(
-                H=int(row["hidden"]), I=int(row["per_rank_intermediate"]), E=local, G=experts, K=int(row["topk"]),
-                bias=row["bias"] == "yes", swiglu_limit=float(row["swiglu_limit"]) if row["swiglu_limit"] else None,
-            )  # fmt: skip
-    return shapes
-
-
-SHAPES = _shapes()
+SHAPES = {
+    name: dict(
+        H=row.hidden, I=row.intermediate, E=row.local, G=row.experts, K=row.topk, bias=row.bias,
+        swiglu_limit=row.options["swiglu_limit"],
+    )
+    for name, row in rows().items()
+}  # fmt: skip
+"""shapes.csv: what :func:`moe` takes, by model and parallelism."""
 M3, QWEN_TP4, GPT_OSS = "MiniMax-M3 TP4", "Qwen3-30B-A3B TP4", "gpt-oss-120b TP1"
 
 
@@ -217,9 +210,9 @@ def test_quantize_and_dequantize(arch, record_property):
 def test_preshuffle(arch, record_property):
     parts = []
     layouts = tuple(torch_mxfp8moe.LAYOUTS)[-1 if SCOPE == 0 else 0 :]
-    for layout, (gate_up, rows, columns) in product(layouts, ((True, 1536, 6144), (False, 6144, 768))):
+    for layout, (gate_up, R, C) in product(layouts, ((True, 1536, 6144), (False, 6144, 768))):
         call = Preshuffle(
-            empty(128, rows, columns, dtype=E4M3), empty(128, rows, columns // 32, dtype=torch.uint8), layout, gate_up
+            empty(128, R, C, dtype=E4M3), empty(128, R, C // 32, dtype=torch.uint8), layout, gate_up
         ).check()
         memory = dict(
             weight=call.weight, scale=call.scale,

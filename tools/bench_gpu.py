@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Measure fused_moe's Triton kernels on this GPU, beside this GPU's own limits and a plain dot_scaled kernel.
 
-For each row of test/shapes.csv that is asked for and each token count: microseconds of the whole call, and of each of its
-kernels; of the same call with a matrix product that leaves the scaling to tl.dot_scaled (what a Triton kernel written for
-gfx950 does on other GPUs); the floor (bytes that must move over the copy bandwidth, or operations over the bf16 rate,
-measured in the same run); the error against the reference; the host's time for an eager call. Times are medians of
-CUDA-graph replays over calls whose routing and experts rotate, so that the L2 cache does not hold the weights.
+For each row of test/shapes.csv that is asked for and each token count: microseconds of the whole call, and of each of
+its kernels; of the same call with a matrix product that leaves the scaling to tl.dot_scaled (what a Triton kernel
+written for gfx950 does on other GPUs); the floor (bytes that must move over the copy bandwidth, or operations over the
+bf16 rate, measured in the same run); the error against the reference; the host's time for an eager call. Times are
+medians of CUDA-graph replays over calls whose routing and experts rotate, so that the L2 cache does not hold the weights.
 """
 
 import argparse
@@ -135,11 +135,15 @@ def memory_bound(copy: float) -> None:
     kwargs = dict(layout="aiter_gfx950", gate_up=True)
     out = torch_mxfp8moe.preshuffle(weight, weight_scale, **kwargs)
     small = data.nbytes + scale.nbytes
+
+    def shuffle():
+        torch_mxfp8moe.preshuffle(weight, weight_scale, out=out, **kwargs)
+
     cases = {
         "quantize_1x32 of bf16": (x.nbytes + small, lambda: torch_mxfp8moe.quantize_1x32(x)),
         "dequantize_1x32 to bf16": (x.nbytes + small, lambda: torch_mxfp8moe.dequantize_1x32(data, scale, x.dtype)),
-        "preshuffle to aiter_gfx950": (2 * small, lambda: torch_mxfp8moe.preshuffle(weight, weight_scale, out=out, **kwargs)),
-    }  # fmt: skip
+        "preshuffle to aiter_gfx950": (2 * small, shuffle),
+    }
     print(f"\n{'':<28} {'us':>8} {'TB/s':>6} {'of a copy':>10}")
     for name, (moved, call) in cases.items():
         us = microseconds([call] * 3)
@@ -169,7 +173,8 @@ def main() -> None:
             progress(f"weights of {name}")
             weights = row.weights()
             columns = ("floor", "fused_moe", *KERNELS, "dot_scaled", "host")
-            print(f"\n{name}, {args.routing} routing\n{'T':>5}" + "".join(f"{c:>11}" for c in columns) + f"{'error':>9}")
+            print(f"\n{name}, {args.routing} routing")
+            print(f"{'T':>5}" + "".join(f"{c:>11}" for c in columns) + f"{'error':>9}")
             for T in args.tokens:
                 progress(f"{name} T={T}")
                 result = measure(row, weights, T, args.routing, copy, rate)

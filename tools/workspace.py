@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Print how much GPU memory fused_moe takes beside its inputs and its output, for real models and token counts.
 
-The sizes are those that the Triton backend allocates, read off its plan for an architecture; no GPU is needed. On a GPU,
-test_gpu_serving.py holds PyTorch's own count against them.
+The sizes are those that the Triton backend allocates, read off its plan for an architecture; no GPU is needed. On a
+GPU, test_gpu_serving.py holds PyTorch's own count against them.
 """
 
 import argparse

@@ -33,7 +33,7 @@ def _weight_tile(
     w, expert, n, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr,
     ROWS_TILE: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Codes [ROWS_TILE, BLOCK_K] uint8 from column k on; expert and n are for a descriptor, row_offset for a pointer."""
+    """Codes [ROWS_TILE, BLOCK_K] uint8 from column k on; expert and n for a descriptor, row_offset for a pointer."""
     if DESCRIPTOR:
         codes = tl.reshape(w.load([expert, 0, n, k]), (ROWS_TILE, BLOCK_K))
     else:
