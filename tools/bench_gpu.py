@@ -5,7 +5,7 @@ For each row of test/shapes.csv that is asked for and each token count: microsec
 its kernels; of the same call with a matrix product that leaves the scaling to tl.dot_scaled (what a Triton kernel
 written for gfx950 does on other GPUs); the floor (bytes that must move over the copy bandwidth, or operations over the
 bf16 rate, measured in the same run); the error against the reference; the host's time for an eager call. Times are
-medians of CUDA-graph replays over calls whose routing and experts rotate, so that the L2 cache does not hold the weights.
+medians of CUDA-graph replays over calls whose routing and experts rotate, so that L2 does not hold the weights.
 """
 
 import argparse
