@@ -90,7 +90,8 @@ def decode(code):
     normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
     value = tl.where(magnitude == E4M3_NAN, float("nan"), value)
-    return tl.where(code > 0x7F, -value, value)
+    sign = (code & 0x80) << 24  # -value is 0 - value in Triton, which is +0 for the code of -0
+    return (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
