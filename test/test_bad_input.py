@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mxfp8moe
 from device import DEVICE
-from helpers import E4M3, E8M0, ERRORS, OPS, as_bytes, error_of, moe_inputs, randn, run_python
+from helpers import BACKEND, E4M3, E8M0, ERRORS, OPS, as_bytes, error_of, moe_inputs, randn, run_python
 
 NAN, INF = float("nan"), float("inf")
 
@@ -925,9 +925,10 @@ def throw(seed: int, count: int) -> dict[str, int]:
 @pytest.mark.parametrize("seed", range(4))
 def test_thousands_of_wrong_calls(seed):
     """In a process of their own, so that a crash is a failure with a message instead of the end of the run."""
-    code = f"import faulthandler, test_bad_input; faulthandler.enable(); print(test_bad_input.throw({seed}, 1500))"
+    count = 200 if BACKEND == "triton" else 1500  # every new shape of a valid call compiles kernels
+    code = f"import faulthandler, test_bad_input; faulthandler.enable(); print(test_bad_input.throw({seed}, {count}))"
     outcomes = eval(run_python(code))
-    assert outcomes["refused"] > 1200 and outcomes["valid"] > 80
+    assert outcomes["refused"] > 0.8 * count and outcomes["valid"] > 0.05 * count
 
 
 def test_mistakes_are_of_every_kind():
