@@ -11,11 +11,13 @@ from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mxfp8moe
-from helpers import E4M3, moe_inputs, run_python
+from helpers import E4M3, moe_inputs, only_cpu, run_python
 from torch_mxfp8moe import dispatch
 from torch_mxfp8moe.backends import registered
 from torch_mxfp8moe.backends import triton as backend
 from torch_mxfp8moe.backends.triton.targets import Target, target_of
+
+pytestmark = only_cpu
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or backend._interpreted(),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .memory import offset
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byte
 
 
 @triton.jit
@@ -172,5 +172,5 @@ def grouped_gemm_kernel(
             else:
                 result = tl.reshape(decode(code) * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
         elif GATE_UP:
-            result = result.to(tl.bfloat16)
-        tl.store(out + pointers, result.to(out.dtype.element_ty), mask=within)
+            result = cast(result, tl.bfloat16)
+        tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)

@@ -9,7 +9,7 @@ copies them to their slots, so that the products read and write contiguous rows.
 import triton
 import triton.language as tl
 
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byte
 
 
 @triton.jit
@@ -124,14 +124,15 @@ def dispatch_kernel(
                 byte = tl.load(x_scale + token * x_scale_stride + block, mask=block_within, other=0).to(tl.int32)
                 code = values.to(tl.int32)
             elif MXFP8:
-                byte = scale_byte(block_amax(values.to(tl.float32)), "rceil")
-                code = encode(values.to(tl.float32), byte[:, None])
+                values = cast(values, tl.float32)
+                byte = scale_byte(block_amax(values), "rceil")
+                code = encode(values, byte[:, None])
             if rows_scale is not None:
                 result = code.to(tl.uint8)
             elif MXFP8 or x_scale is not None:
                 result = decode(code) * factor(byte)[:, None]
             else:
-                result = values.to(tl.bfloat16)
+                result = cast(values, tl.bfloat16)
             for k in tl.static_range(TOPK):
                 slot = tl.load(slots + token * TOPK + k).to(tl.int64)
                 if slot >= 0:
@@ -158,4 +159,4 @@ def combine_kernel(
             if WEIGHTED:
                 term *= tl.load(topk_weights + token * weights_stride + k).to(tl.float32)
             total += term
-    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=within)
+    tl.store(out + token * out_stride + column, cast(total, out.dtype.element_ty), mask=within)
