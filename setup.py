@@ -83,6 +83,7 @@ setup(
     extras_require={
         "test": [
             "pytest",
+            "pytest-xdist",
             "expecttest",
             "hypothesis",
             "numpy",

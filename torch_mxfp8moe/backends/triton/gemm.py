@@ -5,7 +5,8 @@ larger side lies along its rows, however few tokens there are) and never leaves 
 between architectures is one strategy:
 
 - ``upcast``: weights become bf16 in registers, activations are bf16 in memory, a 16-bit matrix unit multiplies. Every
-  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (down to 2^-133).
+  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (activations all of
+  them, being held times ``HELD_TIMES``; weights those that are multiples of 2^-130, all with scale bytes from 6 on).
 - ``scaled``: both operands stay codes and scale bytes, and the matrix unit takes them as they are (gfx950, sm_100).
 """
 
@@ -13,18 +14,18 @@ import triton
 import triton.language as tl
 
 from .memory import offset
-from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
 
 
 @triton.jit
 def _upcast(codes, byte, dtype: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values [N, K] in ``dtype``."""
+    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values, divided by HELD_TIMES, [N, K] in ``dtype``."""
     if NATIVE_E4M3:
         value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         value = decode(codes.to(tl.int32))
     blocks = tl.reshape(value, (codes.shape[0], codes.shape[1] // BLOCK, BLOCK))
-    blocks *= factor(byte.to(tl.int32))[:, :, None]
+    blocks *= (factor(byte.to(tl.int32)) * (1.0 / HELD_TIMES))[:, :, None]
     return tl.reshape(blocks, codes.shape).to(dtype)
 
 
@@ -86,9 +87,10 @@ def grouped_gemm_kernel(
 ):  # fmt: skip
     """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
 
-    x [R, K] bf16, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout (ROWS, COLUMNS, ...
-    say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up, rounded to MXFP8 or
-    bf16; the routing weight multiplies gate and up if ``topk_weights`` is there. Otherwise the product itself.
+    x [R, K] bf16, times HELD_TIMES, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout
+    (ROWS, COLUMNS, ... say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up,
+    rounded to MXFP8 or bf16 and held as x is; the routing weight multiplies gate and up if ``topk_weights`` is there.
+    Otherwise the product itself.
     """
     pid = tl.program_id(0)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -170,7 +172,7 @@ def grouped_gemm_kernel(
                 )
                 result = tl.reshape(code, (BLOCK_M, BLOCK_N))
             else:
-                result = tl.reshape(decode(code) * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
+                result = tl.reshape(decode(code) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
         elif GATE_UP:
-            result = cast(result, tl.bfloat16)
+            result = cast(cast(result, tl.bfloat16), tl.float32) * HELD_TIMES
         tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)

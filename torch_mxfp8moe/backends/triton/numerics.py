@@ -19,6 +19,10 @@ MAX_EXPONENT = tl.constexpr(8)
 MAX_MANTISSA = tl.constexpr(0x600000)
 MAX_CODE = tl.constexpr(0x7E)
 
+HELD_TIMES = tl.constexpr(2.0**3)
+"""Activations that are held as bf16 are held times this, and weights divided by it: MXFP8 values are multiples of
+2^-136, bf16 ones of 2^-133, and it is among activations that tiny ones have few bits above that."""
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter."""
 
