@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,31 @@ def check_op(op, args: tuple, kwargs: dict | None = None) -> None:
     storages = [x.untyped_storage().data_ptr() for x in (*tensors.values(), *outputs) if x.numel()]
     inputs = [x.untyped_storage().data_ptr() for x in tensors.values() if x.numel()]
     assert len(set(storages)) == len(set(inputs)) + sum(x.numel() > 0 for x in outputs), "an output shares memory"
+
+
+@cache
+def aot_inductor_why_not() -> str | None:
+    """Why AOTInductor itself does not work here on ``DEVICE``, or None: a package of x + 1 is loaded and run, in a
+    process that may crash. (One machine's linker put a second C++ library into every package: all crashed.)"""
+    code = """
+import sys
+import torch
+
+class Plus(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+
+x = torch.ones(3, device=sys.argv[1])
+with torch.no_grad():
+    program = torch.export.export(Plus(), (x,))
+    package = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+assert package(x).tolist() == [2, 2, 2]
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(DEVICE)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    return f"AOTInductor does not run a package of x + 1 here: exit status {done.returncode} {last}"
 
 
 def run_python(code: str, *args: str, timeout: float = 300, **env: str) -> str:

@@ -9,8 +9,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch._dynamo.decorators import mark_unbacked
 
+import device
 import torch_mxfp8moe
-from helpers import E8M0, FLOATS, MODES, OPS, moe_inputs, randn, run_python, same_bytes
+from helpers import E8M0, FLOATS, MODES, OPS, aot_inductor_why_not, moe_inputs, randn, run_python, same_bytes
 
 TOKEN_COUNTS = (8, 4, 3, 1, 0, 2)
 
@@ -394,6 +395,8 @@ def test_aot_inductor_package(tmp_path):
     AOTInductor of torch 2.11 hands an op's ScalarType to it in the numbering of exported programs (13, its bfloat16, is
     c10's QUInt8), so that dequantize_1x32, whose dtype is one, has to be left out there.
     """
+    if device.NAME == "cuda" and aot_inductor_why_not():
+        pytest.skip(aot_inductor_why_not())
     dequantize = torch.__version__ >= (2, 12)
     model = Model(dequantize)
     with torch.no_grad():

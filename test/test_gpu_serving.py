@@ -5,7 +5,7 @@ import torch
 
 import torch_mxfp8moe
 from gpu import needs_gpu, on_gpu
-from helpers import OPS, assert_agrees, moe_inputs, run_python, same_bytes
+from helpers import OPS, aot_inductor_why_not, assert_agrees, moe_inputs, run_python, same_bytes
 from torch_mxfp8moe import reference
 from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.backends.triton import BACKEND
@@ -396,6 +396,8 @@ def test_compiled_calls_give_the_eager_bits():
 
 def test_aot_inductor(tmp_path):
     """Exported with a symbolic token count, packaged, loaded in a fresh process: the eager result."""
+    if aot_inductor_why_not():
+        pytest.skip(aot_inductor_why_not())
     layer = Layer()
     x = torch.randn(8, 160, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
