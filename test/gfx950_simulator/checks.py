@@ -1,0 +1,2 @@
+from .machine import Observer
+def all_checks(): return []

@@ -1,0 +1,1 @@
+def check_wait_states(p): pass
