@@ -6,19 +6,20 @@ from .operands import SGPR, TABLE, registers
 
 
 def decode(instruction: Instruction) -> None:
-    """Sets ``run``, ``unit``, ``reads`` and ``writes`` (register numbers, SGPRs from SGPR on)."""
+    """Sets ``run``, ``unit``, ``reads`` and ``writes`` (register numbers, SGPRs from SGPR on), and ``matters``: those
+    of ``reads`` that have a part in the result."""
     definition = TABLE.get(instruction.name)
     if definition is None:
         raise AssemblyError(f"{instruction}: this instruction is not known")
-    instruction.returns = None
-    instruction.lane_map = None
+    instruction.returns = instruction.lane_map = instruction.written = instruction.matters = None
     try:
         instruction.run = definition.build(instruction)
     except AssemblyError as error:
         raise error if "line " in str(error) else AssemblyError(f"{instruction}: {error}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise AssemblyError(f"{instruction}: form is not known ({type(error).__name__}: {error})") from error
-    instruction.unit = definition.unit
+    instruction.unit, instruction.writes_scc = definition.unit, definition.writes_scc
+    instruction.writes_sources = definition.writes_sources
     dests, operands = definition.dests, list(instruction.operands)
     to_lds = bool(instruction.modifiers.get("lds"))
     if to_lds:
@@ -41,3 +42,4 @@ def decode(instruction: Instruction) -> None:
     instruction.reads, instruction.writes = tuple(dict.fromkeys(reads)), tuple(dict.fromkeys(writes))
     if instruction.encoding == "sdwa" and instruction.modifiers.get("dst_unused") == "UNUSED_PRESERVE":
         instruction.reads += instruction.writes
+    instruction.matters = instruction.matters or instruction.reads

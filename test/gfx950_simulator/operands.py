@@ -33,6 +33,7 @@ class Definition:
     reads_dest: bool = False
     writes_sources: bool = False
     """Whether the second operand is written too (swaps)."""
+    writes_scc: bool = False
     implicit: tuple[int, ...] = ()
     """Registers read that are not in the text."""
 

@@ -11,6 +11,7 @@ from .assembly import EXEC, VCC, AssemblyError
 from .operands import DTYPES, SGPR, TABLE, Definition, constant, define, scalar_dest, scalar_source
 
 U32, I32, U64, I64 = np.uint32, np.int32, np.uint64, np.int64
+_VCC, _EXEC = (SGPR + VCC, SGPR + VCC + 1), (SGPR + EXEC, SGPR + EXEC + 1)
 
 
 def scalar(names: str, signature: str, scc: Callable | str | None = None) -> Callable:
@@ -39,7 +40,7 @@ def scalar(names: str, signature: str, scc: Callable | str | None = None) -> Cal
             return run
 
         for name in names.split():
-            TABLE[name] = Definition(build, "salu")
+            TABLE[name] = Definition(build, "salu", writes_scc=scc is not None)
         return function
 
     return enter
@@ -123,7 +124,7 @@ for _bits, _dtype in (("32", U32), ("64", U64)):
 
                 return run
 
-            TABLE[f"s_{_name}_saveexec_b64"] = Definition(_saveexec, "salu", implicit=(SGPR + EXEC, SGPR + EXEC + 1))
+            TABLE[f"s_{_name}_saveexec_b64"] = Definition(_saveexec, "salu", writes_scc=True, implicit=_EXEC)
     _mask = _dtype(int(_bits) - 1)
     scalar(f"s_not_b{_bits}", f"u{_bits} = u{_bits}", "nonzero")(lambda a: ~a)
     scalar(f"s_lshl_b{_bits}", f"u{_bits} = u{_bits}, u32", "nonzero")(
@@ -156,7 +157,7 @@ def _(a, field):
 
 
 def _carry(name: str, function: Callable) -> None:
-    @define(name, "salu")
+    @define(name, "salu", writes_scc=True)
     def _(instruction):
         a, b = (scalar_source(one, "u32") for one in instruction.operands[1:])
         write = scalar_dest(instruction.operands[0])
@@ -173,7 +174,7 @@ _carry("s_addc_u32", lambda a, b, c: a + b + c)
 _carry("s_subb_u32", lambda a, b, c: a - b - c)
 
 
-@define("s_addk_i32 s_mulk_i32", "salu", reads_dest=True)
+@define("s_addk_i32 s_mulk_i32", "salu", reads_dest=True, writes_scc=True)
 def _(instruction):
     dest, number = instruction.operands
     value = I64(constant(number, "i32"))
@@ -218,7 +219,7 @@ def _(instruction):
 
 
 def _compare(names: str, type_: str, function: Callable) -> None:
-    @define(names, "salu", dests=0)
+    @define(names, "salu", dests=0, writes_scc=True)
     def _(instruction):
         a, b = instruction.operands
         left, right = scalar_source(a, type_), scalar_source(b, type_)
@@ -256,7 +257,6 @@ def _branch(name: str, condition: Callable, implicit: tuple[int, ...] = ()) -> N
         return run
 
 
-_VCC, _EXEC = (SGPR + VCC, SGPR + VCC + 1), (SGPR + EXEC, SGPR + EXEC + 1)
 _branch("s_branch", lambda m: True)
 _branch("s_cbranch_scc0", lambda m: ~m.scc[m.waves])
 _branch("s_cbranch_scc1", lambda m: m.scc[m.waves])

@@ -14,7 +14,7 @@ import numpy as np
 from .assembly import VCC, AssemblyError, Instruction, Operand
 from .formats import DECODE, encode
 from .operands import (
-    DTYPES, TABLE, Definition, define, lanes_of, masks_of, scalar_dest, scalar_source, vector_source,
+    DTYPES, SGPR, TABLE, Definition, define, lanes_of, masks_of, scalar_dest, scalar_source, vector_source,
 )  # fmt: skip
 
 U32, I32, F32, U64, U16 = np.uint32, np.int32, np.float32, np.uint64, np.uint16
@@ -75,6 +75,7 @@ def _dpp(instruction: Instruction, source: Callable) -> tuple[Callable, Callable
     def written(m):
         return np.broadcast_to(enabled if bound else enabled & valid(m), (m.n, 64))
 
+    instruction.written = written
     return moved, written
 
 
@@ -769,6 +770,13 @@ def _packed(names: str, element: str, count: int, function: Callable) -> None:
                 chosen.append((lambda m, f=source: -f(m)) if neg else source)
             halves.append(chosen)
         dest = instruction.operands[0].index
+        if wide:
+            instruction.matters = tuple(
+                one.index + bool(high) + SGPR * (one.kind == "s")
+                for which, default in (("op_sel", 0), ("op_sel_hi", 1))
+                for one, high in zip(sources, modifiers.get(which, (default,) * count))
+                if one.kind in "vs"
+            )
 
         def run(m):
             low, high = (function(*[source(m) for source in half]) for half in halves)
@@ -824,7 +832,8 @@ def _(instruction):
 
     def run(m):
         lane = m.active().argmax(1)  # lane 0 where none is active
-        m.lane_read = lane
+        if m.undefined:
+            m.undefined.between_lanes(m, instruction, lane)
         write(m, np.broadcast_to(source(m), (m.n, 64))[np.arange(m.n), lane])
 
     return run
@@ -837,7 +846,8 @@ def _(instruction):
 
     def run(m):
         lanes = np.broadcast_to(select(m) & U32(63), (m.n,))
-        m.lane_read = lanes
+        if m.undefined:
+            m.undefined.between_lanes(m, instruction, lanes)
         write(m, source(m)[np.arange(m.n), lanes])
 
     return run
@@ -850,7 +860,8 @@ def _(instruction):
 
     def run(m):
         lanes = np.broadcast_to(select(m) & U32(63), (m.n,))
-        m.lane_read = lanes
+        if m.undefined:
+            m.undefined.between_lanes(m, instruction, lanes)
         m.v[register, m.wave_ids, lanes] = source(m)
 
     return run
