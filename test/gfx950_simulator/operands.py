@@ -127,6 +127,10 @@ def vector_source(operand: Operand, type_: str, high: bool = False) -> Callable:
         bits = vector_source(Operand(operand.kind, register), "u32")
         source = lambda m: (bits(m) >> shift).astype(np.uint16).view(dtype)
     if operand.neg or operand.abs:
+        if type_ == "u32":  # of v_cndmask_b32 and v_mov_b32, which take the sign bit of 32-bit floats
+            keep = np.uint32(0x7FFFFFFF if operand.abs else 0xFFFFFFFF)
+            flip = np.uint32(0x80000000 if operand.neg else 0)
+            return lambda m: source(m) & keep ^ flip
         if not type_.startswith("f"):
             raise AssemblyError(f"a sign modifier on an operand of type {type_}")
         return _signed(source, operand)
