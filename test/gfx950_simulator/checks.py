@@ -383,8 +383,8 @@ class LdsOrder(Observer):
         self.loads = np.zeros(size, np.int32)
         """By byte: the number of the direct load that wrote it last."""
         self.counters = _Counters(machine)
-        self.last_read = np.zeros(machine.wave_count, np.int64)
-        self.last_write = np.zeros(machine.wave_count, np.int64)
+        self.recent: list[tuple[str, np.ndarray, int, np.ndarray, np.ndarray]] = []
+        """Accesses since the last barrier, and those still outstanding: table, first bytes, count, waves, ordinals."""
         self.bit = np.uint16(1) << (np.arange(machine.wave_count) % machine.warps).astype(np.uint16)
         self.epoch = np.zeros(machine.wave_count, np.int64)
         """Barriers passed."""
@@ -429,7 +429,9 @@ class LdsOrder(Observer):
         if direct:
             self._mark_direct(m, index, nbytes, waves)
         else:
-            self._mark(m, "reads" if access.kind == "load" else "writes", index, nbytes, waves)
+            table = "reads" if access.kind == "load" else "writes"
+            self._mark(m, table, index, nbytes, waves)
+            self.recent.append((table, index, nbytes, waves, self.counters.issued["lgkmcnt"][waves] + 1))
 
     def _mark(self, m: Machine, name: str, index: np.ndarray, nbytes: int, waves: np.ndarray) -> None:
         table = getattr(self, name)
@@ -463,10 +465,6 @@ class LdsOrder(Observer):
     def after(self, m: Machine, instruction: Instruction) -> None:
         if self.counters.of(instruction):
             self.counters.issue(m, instruction)
-            if instruction.unit == "ds":
-                issued = self.counters.issued["lgkmcnt"][m.waves]
-                last = self.last_read if instruction.writes else self.last_write
-                last[m.waves] = issued
         elif instruction.name == "s_waitcnt":
             self.counters.wait(m, instruction)
             open_ = np.flatnonzero(self.load_done == self.never)
@@ -475,18 +473,20 @@ class LdsOrder(Observer):
             self.load_done[open_[complete]] = self.epoch[wave[complete]]
 
     def barrier(self, m: Machine, waves: np.ndarray) -> None:
+        """All bytes are free again, but those of accesses that their wave has not waited for."""
         self.epoch[waves] += 1
-        done = self.counters.done["lgkmcnt"]
-        stride = int(m.lds.size // m.workgroups.size)
-        for name, last in (("reads", self.last_read), ("writes", self.last_write)):
-            open_ = np.where(last > done, self.bit, np.uint16(0)).reshape(-1, m.warps)
-            kept = np.bitwise_or.reduce(open_, 1)
-            table = getattr(self, name)[: m.lds.size].reshape(-1, stride)
-            groups = np.unique(m.workgroup_of[waves])
-            if kept[groups].any():
-                table[groups] &= kept[groups][:, None]
-            else:
-                table[groups] = 0
+        groups = np.unique(m.workgroup_of[waves])
+        stride = m.lds.size // m.workgroups.size
+        for table in (self.reads, self.writes):
+            table[: m.lds.size].reshape(-1, stride)[groups] = 0
+        recent, self.recent = self.recent, []
+        passed = np.zeros(m.wave_count, bool)
+        passed[waves] = True
+        for table, index, nbytes, by, ordinals in recent:
+            open_ = (ordinals > self.counters.done["lgkmcnt"][by]) | ~passed[by]
+            if open_.any():
+                self.recent.append((table, index[open_], nbytes, by[open_], ordinals[open_]))
+                self._mark(m, table, index[open_], nbytes, by[open_])
         hidden = self.load_done >= self.epoch[self.load_wave]
         self.visible_below = int(hidden.argmax()) if hidden.any() else hidden.size
 

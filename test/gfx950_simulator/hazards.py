@@ -13,6 +13,7 @@ What is checked, with the wait states that are needed; N is the passes of a matr
 - matrix instruction writes a VGPR, then
   a vector ALU, memory or LDS instruction reads or writes it, or a matrix instruction reads it as A or B: N + 4
   (N = 2: 5); a matrix instruction reads it as C: 0 if C is exactly what was written (N = 2: 2), else N + 2 (N = 2: 3);
+  of an instruction on float32 operands N + 2 and N instead of N + 4 and N + 2;
 - matrix instruction reads a VGPR as C, then a vector ALU instruction writes it: N - 1;
 - vector ALU instruction writes a VGPR, then a matrix instruction reads it: 2; DPP reads it: 2; v_readlane or
   v_readfirstlane reads it: 1; v_permlane*_swap reads it: 2;
@@ -51,6 +52,11 @@ def passes(instruction: Instruction) -> int:
     return {"16": 4, "32": 8}[shape[:2]]
 
 
+def _sgemm(instruction: Instruction) -> bool:
+    """Whether a matrix instruction takes float32 operands, which is another unit than that of the narrow formats."""
+    return instruction.name.endswith("_f32")
+
+
 def _wait_states(instruction: Instruction) -> int:
     return instruction.operands[0].value + 1 if instruction.name == "s_nop" else 1
 
@@ -75,19 +81,20 @@ def needed(first: Instruction, then: Instruction) -> tuple[int, str]:
     reads, writes = set(then.reads), set(then.writes)
     if first.unit == "mfma":
         n = passes(first)
-        late = n + 4 if n > 2 else 5
+        late = n + 2 if _sgemm(first) else n + 4 if n > 2 else 5
         if matrix_then:
             a, b, c = then.operands[1:4]
             if written & _registers((a, b, *then.operands[4:])):
                 found.append((late, "a matrix instruction reads a result as A, B or scale"))
             if c.kind == "v" and written & set(c.registers):
                 exact = c.registers == first.operands[0].registers
-                found.append(((2 if n == 2 else 0) if exact else n + 2 if n > 2 else 3, "... reads a result as C"))
+                states = 0 if _sgemm(first) and not _sgemm(then) else n if _sgemm(first) else n + 2 if n > 2 else 3
+                found.append(((2 if n == 2 else 0) if exact else states, "a matrix instruction reads a result as C"))
         elif vector_then or memory_then:
             if written & (reads | writes):
                 found.append((late, "use of the result of a matrix instruction"))
             c = first.operands[3]
-            if vector_then and c.kind == "v" and writes & set(c.registers):
+            if vector_then and c.kind == "v" and writes & set(c.registers) and not _sgemm(first):
                 found.append((n - 1, "C of a matrix instruction is overwritten"))
     if first.unit in _VALU:
         lane_access = then.name in ("v_readlane_b32", "v_readfirstlane_b32", "v_writelane_b32")

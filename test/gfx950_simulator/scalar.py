@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .assembly import EXEC, VCC, AssemblyError
-from .operands import DTYPES, SGPR, TABLE, Definition, constant, define, scalar_dest, scalar_source
+from .assembly import EXEC, VCC, AssemblyError, Operand
+from .operands import DTYPES, SGPR, TABLE, Definition, define, scalar_dest, scalar_source
 
 U32, I32, U64, I64 = np.uint32, np.int32, np.uint64, np.int64
 _VCC, _EXEC = (SGPR + VCC, SGPR + VCC + 1), (SGPR + EXEC, SGPR + EXEC + 1)
@@ -80,7 +80,7 @@ scalar("s_max_i32", "i32 = i32, i32", "returned")(lambda a, b: (np.maximum(a, b)
 scalar("s_abs_i32", "i32 = i32", "nonzero")(np.abs)
 scalar("s_sext_i32_i16", "i32 = u32")(lambda a: a.astype(np.int16).astype(I32))
 scalar("s_sext_i32_i8", "i32 = u32")(lambda a: a.astype(np.int8).astype(I32))
-scalar("s_mov_b32 s_movk_i32", "u32 = u32")(lambda a: a)
+scalar("s_mov_b32", "u32 = u32")(lambda a: a)
 scalar("s_mov_b64", "u64 = u64")(lambda a: a)
 scalar("s_brev_b32", "u32 = u32")(lambda a: _reverse(a))
 scalar("s_pack_ll_b32_b16", "u32 = u32, u32")(lambda a, b: a & U32(0xFFFF) | b << U32(16))
@@ -174,12 +174,24 @@ _carry("s_addc_u32", lambda a, b, c: a + b + c)
 _carry("s_subb_u32", lambda a, b, c: a - b - c)
 
 
+def _short(number: Operand, signed: bool = True) -> np.generic:
+    """The 16-bit constant of a SOPK instruction, which the text may give as 0xffc0."""
+    value = int(number.value) & 0xFFFF
+    return I32(value - 0x10000 if signed and value >= 0x8000 else value)
+
+
+@define("s_movk_i32", "salu")
+def _(instruction):
+    dest, number = instruction.operands
+    value, write = _short(number), scalar_dest(dest)
+    return lambda m: write(m, value)
+
+
 @define("s_addk_i32 s_mulk_i32", "salu", reads_dest=True, writes_scc=True)
 def _(instruction):
     dest, number = instruction.operands
-    value = I64(constant(number, "i32"))
+    value = I64(_short(number))
     source, write, adds = scalar_source(dest, "i32"), scalar_dest(dest), instruction.name == "s_addk_i32"
-    value = I64(np.int64(value) if value < 0x8000 else value - 0x10000)
 
     def run(m):
         exact = source(m).astype(I64) + value if adds else source(m).astype(I64) * value
@@ -223,6 +235,9 @@ def _compare(names: str, type_: str, function: Callable) -> None:
     def _(instruction):
         a, b = instruction.operands
         left, right = scalar_source(a, type_), scalar_source(b, type_)
+        if instruction.name.startswith("s_cmpk"):
+            value = _short(b, signed=type_ == "i32").astype(DTYPES[type_])
+            right = lambda m: value
 
         def run(m):
             m.scc[m.waves] = function(left(m), right(m))
