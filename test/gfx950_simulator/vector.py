@@ -631,8 +631,11 @@ def _(instruction):
 
 @vector("v_div_fixup_f32", "f32 = f32, f32, f32")
 def _(quotient, b, c):
-    """The special cases of c / b: signs, zeros, infinities and NaN."""
+    """The special cases of c / b: signs, zeros, infinities and NaN; a quotient beyond all scaling, which the steps
+    before leave as NaN, is an overflow."""
     sign = np.signbit(b) ^ np.signbit(c)
+    quotient = np.where(np.isnan(quotient), F32(np.inf), quotient)
+    quotient = np.where(_exponent(c) - _exponent(b) < -150, F32(0), quotient)
     result = np.copysign(np.abs(quotient), np.where(sign, F32(-1), F32(1)))
     infinite = np.isinf(c) | (b == 0)
     zero = np.isinf(b) | (c == 0)
