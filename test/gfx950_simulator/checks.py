@@ -25,6 +25,8 @@ class Undefined(Observer):
     tracks_undefined = True
     _PER_LANE = {"v_cndmask_b32", "v_addc_co_u32", "v_subb_co_u32", "v_subbrev_co_u32", "v_div_fmas_f32"}
     """Instructions whose last operand, or VCC, is a condition for each lane."""
+    _LOW_FROM_LOW = {"v_mad_u64_u32", "v_mad_i64_i32", "v_lshl_add_u64", "v_lshlrev_b64", "v_mov_b64"}
+    """Instructions of 64 bits whose low result does not depend on the high words of their sources."""
 
     def start(self, machine: Machine) -> None:
         waves = machine.wave_count
@@ -147,9 +149,10 @@ class Undefined(Observer):
         return instruction.written(m) if instruction.written else None
 
     def _vector(self, m: Machine, instruction: Instruction) -> None:
-        undefined = np.zeros((m.n, 64), bool)
-        condition = ()
-        name = instruction.name
+        undefined, high_only = np.zeros((m.n, 64), bool), np.zeros((m.n, 64), bool)
+        condition, name = (), instruction.name
+        pairs = [one for one in instruction.operands[1:] if one.kind == "v" and one.count == 2]
+        high_words = {one.index + 1 for one in pairs} if name in self._LOW_FROM_LOW else ()
         if name in self._PER_LANE:
             condition = (VCC, VCC + 1) if name == "v_div_fmas_f32" else tuple(instruction.operands[-1].registers)
             undefined |= lanes_of(self.s64[m.waves, condition[0] // 2])
@@ -176,11 +179,16 @@ class Undefined(Observer):
                     if m.mask is not None:
                         moved = moved & m.mask[:, source]
                     lanes = moved if register not in map(self._index, instruction.operands[2:]) else moved | lanes
-                undefined |= lanes
+                if register in high_words:
+                    high_only |= lanes
+                else:
+                    undefined |= lanes
         written = self._written(m, instruction)
+        low = undefined
+        undefined = low | high_only
         for register in instruction.writes:
             if register < SGPR:
-                self.put(m, register, undefined, written)
+                self.put(m, register, low if register == instruction.operands[0].index else undefined, written)
         pairs = sorted(register - SGPR for register in instruction.writes if register >= SGPR)
         if pairs:
             bits = masks_of(undefined & m.active()).view(np.uint32).reshape(-1, 2)

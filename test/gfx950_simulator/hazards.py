@@ -12,7 +12,8 @@ What is checked, with the wait states that are needed; N is the passes of a matr
 
 - matrix instruction writes a VGPR, then
   a vector ALU, memory or LDS instruction reads or writes it, or a matrix instruction reads it as A or B: N + 4
-  (N = 2: 5); a matrix instruction reads it as C: 0 if C is exactly what was written (N = 2: 2), else N + 2 (N = 2: 3);
+  (N = 2: 5); a matrix instruction reads it as C: N + 2 (N = 2: 3), but 0 (N = 2: 2) if C is exactly what the same kind of
+  instruction wrote (https://github.com/llvm/llvm-project/pull/218363);
   of an instruction on float32 operands N + 2 and N instead of N + 4 and N + 2;
 - matrix instruction reads a VGPR as C, then a vector ALU instruction writes it: N - 1;
 - vector ALU instruction writes a VGPR, then a matrix instruction reads it: 2; DPP reads it: 2; v_readlane or
@@ -24,11 +25,19 @@ What is checked, with the wait states that are needed; N is the passes of a matr
 - SDWA, or an instruction with op_sel for its destination, writes part of a VGPR, then a vector ALU instruction reads
   it: 1;
 - scalar instruction writes M0, then a load to LDS uses it: 1;
-- a store of more than 64 bits, then a vector ALU instruction overwrites its data: 2 (global memory, and buffers without
-  a register as offset).
+- a store of more than 64 bits, then a vector ALU instruction overwrites its data: 2 (buffers with a register as offset:
+  1, https://github.com/llvm/llvm-project/pull/197267).
+
+LLVM knows these numbers, but up to September 2026 looked back no further than 19 states, and so missed a use that is
+exactly 19 states after an instruction of 16 passes, where gfx950 takes 20
+(https://github.com/llvm/llvm-project/pull/222040). Triton's releases of before have that defect: whether a kernel is hit
+depends on how it happens to be scheduled.
 
 Not checked: s_setreg and s_getreg, dot-product instructions, float64 matrix instructions.
 """
+
+import warnings
+from dataclasses import dataclass
 
 from .assembly import EXEC, M0, VCC, Instruction
 from .machine import Program, SimulationError
@@ -87,7 +96,7 @@ def needed(first: Instruction, then: Instruction) -> tuple[int, str]:
             if written & _registers((a, b, *then.operands[4:])):
                 found.append((late, "a matrix instruction reads a result as A, B or scale"))
             if c.kind == "v" and written & set(c.registers):
-                exact = c.registers == first.operands[0].registers
+                exact = c.registers == first.operands[0].registers and first.name == then.name
                 states = 0 if _sgemm(first) and not _sgemm(then) else n if _sgemm(first) else n + 2 if n > 2 else 3
                 found.append(((2 if n == 2 else 0) if exact else states, "a matrix instruction reads a result as C"))
         elif vector_then or memory_then:
@@ -131,12 +140,35 @@ def needed(first: Instruction, then: Instruction) -> tuple[int, str]:
     if first.unit == "vmem" and "store_dwordx" in first.name and vector_then:
         data = first.operands[0 if first.name.startswith("buffer") else 1]
         offset_register = first.name.startswith("buffer") and first.operands[3].kind == "s"
-        if data.count > 2 and not offset_register and set(data.registers) & writes:
-            found.append((2, "the data of a store are overwritten"))
+        if data.count > 2 and set(data.registers) & writes:
+            found.append((1 if offset_register else 2, "the data of a store are overwritten"))
     return max(found)
 
 
-def violations(program: Program) -> list[str]:
+@dataclass(frozen=True)
+class Violation:
+    """Two instructions that some path brings too close together."""
+
+    first: Instruction
+    then: Instruction
+    distance: int
+    needed: int
+    why: str
+
+    @property
+    def known(self) -> bool:
+        """Whether it is the one that LLVM's look-back of 19 states misses."""
+        return (self.distance, self.needed) == (19, 20)
+
+    def __str__(self) -> str:
+        return f"{self.then}: {self.distance} wait states after {self.first}, which takes {self.needed}: {self.why}"
+
+
+class CompilerDefect(UserWarning):
+    """Code that breaks a rule in a way that is known of its compiler."""
+
+
+def violations(program: Program) -> list[Violation]:
     """Each pair of instructions that some path brings closer together than a rule allows."""
     instructions = program.instructions
     before: dict[int, list[int]] = {i: [] for i in range(len(instructions) + 1)}
@@ -162,13 +194,14 @@ def violations(program: Program) -> list[str]:
         for index, distance in nearest.items():
             states, why = needed(instructions[index], then)
             if distance < states:
-                found.append(
-                    f"{then}: {distance} wait states after {instructions[index]}, which takes {states}: {why}"
-                )
+                found.append(Violation(instructions[index], then, distance, states, why))
     return found
 
 
 def check_wait_states(program: Program) -> None:
+    """Raises if a rule is broken; warns of what LLVM is known to miss."""
     found = violations(program)
-    if found:
-        raise SimulationError(f"{program.code.name}: {len(found)} violated wait states, the first: {found[0]}")
+    for one in found:
+        if not one.known:
+            raise SimulationError(f"{program.code.name}: {len(found)} violated wait states, one of them: {one}")
+        warnings.warn(f"{program.code.name}: {one}", CompilerDefect, stacklevel=2)
