@@ -18,7 +18,7 @@ if importlib.util.find_spec("triton") is None:
 
 import gfx950_kernels as kernels
 from gfx950_kernels import compile_, execute, run
-from gfx950_simulator import checks, formats, launch
+from gfx950_simulator import formats, hazards, launch
 from gfx950_simulator.assembly import AssemblyError, instruction, operand
 from gfx950_simulator.machine import SimulationError
 from torch_mxfp8moe.backends.triton import fused_moe, preshuffle, quantize
@@ -1114,3 +1114,250 @@ def test_every_tile_of_the_configuration(rule):
             assert "v_mfma_scale_f32" in text and "_bf16 " not in text.replace("v_cvt_pk_bf16", "").replace("mov", "")
         assert ".vgpr_spill_count: 0" in text and ".sgpr_spill_count: 0" in text
         assert compiled.metadata.shared <= 160 * 1024
+
+
+# --- the checks, each with what it has to catch and the same without the fault
+
+
+def fails(match: str, body: str, *inputs: np.ndarray, **options) -> None:
+    with pytest.raises(SimulationError, match=match):
+        execute(body, *inputs, **options)
+
+
+ONES = np.ones(64, np.uint32)
+FOUR_WAVES = np.arange(256, dtype=np.uint32)
+
+
+def test_bounds():
+    """An error names the instruction, the place, the buffer and the lane."""
+    fails(r"line \d+: global_load_dword v10, v20, s\[4:5\]: load of 4 bytes outside every buffer.*byte 256 of 'source', "
+          r"which has 256\); workgroup 0, wave 0, lane 63, 1 in all",
+          "v_add_u32_e32 v20, 4, v200\nglobal_load_dword v10, v20, s[4:5]\ns_waitcnt vmcnt(0)", ONES)  # fmt: skip
+    fails("store of 2 bytes outside.*byte 1024 of 'out'", "global_store_short v200, v1, s[6:7] offset:1020", ONES,
+          outputs=["v1"] * 4)  # fmt: skip
+    fails("outside every buffer.*LDS byte 256 of 256", "ds_write_b32 v200, v1 offset:4", ONES, lds=256)
+    fails("load.*outside every buffer.*scratch of 8 bytes", "scratch_load_dword v10, off, off offset:8", ONES, scratch=8)
+    fails("outside every buffer", "s_load_dword s20, s[4:5], 0x100", ONES)
+
+
+@pytest.mark.parametrize(
+    "match, body",
+    [
+        ("an address is undefined", "global_load_dword v10, v30, s[4:5]"),
+        ("what is stored is undefined", "v_add_u32_e32 v10, v1, v30"),
+        ("what is stored is undefined.*32 lanes", "s_mov_b32 exec_hi, 0\nv_mov_b32_e32 v10, v1"),
+        ("what is stored is undefined.*lane 4, 60 lanes",
+         "s_mov_b64 exec, 1\nv_mov_b32_e32 v31, v1\ns_mov_b64 exec, -1\ns_nop 4\nv_mov_b32_dpp v10, v31 "
+         "quad_perm:[0,0,0,0] row_mask:0xf bank_mask:0xf bound_ctrl:1"),
+        ("a branch on an undefined condition", "s_cmp_eq_u32 s40, 0\ns_cbranch_scc1 .LBB0_0\n.LBB0_0:"),
+        ("a branch on an undefined condition",
+         "v_cmp_eq_u32_e32 vcc, v1, v30\ns_nop 1\ns_cbranch_vccz .LBB0_0\n.LBB0_0:"),
+        ("EXEC becomes undefined", "v_cmp_eq_u32_e32 vcc, v1, v30\ns_and_saveexec_b64 s[20:21], vcc"),
+        ("an address is undefined: s30", "s_load_dword s20, s[30:31], 0x0"),
+        ("what is stored is undefined", "ds_write_b8 v200, v1\nds_read_u16 v10, v200\ns_waitcnt lgkmcnt(0)"),
+        ("what is stored is undefined", "scratch_load_dword v10, off, off\ns_waitcnt vmcnt(0)"),
+        ("what is stored is undefined", "global_load_dword v10, v200, s[6:7]\ns_waitcnt vmcnt(0)"),
+        ("what is stored is undefined", "v_readfirstlane_b32 s20, v30\ns_nop 3\nv_mov_b32_e32 v10, s20"),
+        ("what is stored is undefined",
+         "v_mfma_f32_32x32x2_f32 v[40:55], v1, v30, 0\ns_nop 15\ns_nop 1\nv_mov_b32_e32 v10, v41"),
+    ],
+)  # fmt: skip
+def test_undefined_values(match, body):
+    fails(match, body, ONES, lds=256, scratch=4)
+
+
+def test_undefined_values_that_nothing_comes_of():
+    """Copied, kept in LDS, masked off: no error."""
+    body = """
+    v_mov_b32_e32 v20, v30
+    ds_write_b32 v200, v20
+    s_waitcnt lgkmcnt(0)
+    ds_read_b32 v21, v200
+    s_mov_b64 s[20:21], 0
+    s_mov_b64 s[22:23], -1
+    v_cmp_eq_u32_e32 vcc, v1, v30
+    s_and_b64 s[24:25], vcc, s[20:21]
+    s_waitcnt lgkmcnt(0)
+    v_cndmask_b32_e64 v10, v21, v1, s[22:23]
+    v_cndmask_b32_e64 v11, v1, v21, s[24:25]
+    v_pk_mul_f32 v[12:13], v[1:2], 1.0 op_sel_hi:[0,0]
+    s_mov_b32 exec_hi, 0
+    ds_write_b32 v200, v30
+    s_mov_b64 exec, -1"""
+    got = execute(body, ONES, outputs=("v10", "v11", "v13"), lds=256)
+    assert (np.array(got) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "match, body",
+    [
+        ("v10 is read before a wait on vmcnt", "global_load_dword v10, v200, s[4:5]\nv_mov_b32_e32 v10, v10"),
+        ("v11 is read before a wait on vmcnt",
+         "global_load_dword v10, v200, s[4:5]\nglobal_load_dword v11, v200, s[4:5]\ns_waitcnt vmcnt(1)\n"
+         "v_add_u32_e32 v10, v10, v11"),
+        ("v10 is written before a wait on vmcnt", "global_load_dword v10, v200, s[4:5]\nv_mov_b32_e32 v10, 0"),
+        ("v20 is read before a wait on lgkmcnt",
+         "ds_write_b32 v200, v1\ns_waitcnt lgkmcnt(0)\nds_read_b32 v20, v200\nv_mov_b32_e32 v10, v20"),
+        ("v20 is read before a wait on lgkmcnt", "ds_bpermute_b32 v20, v200, v1\ns_waitcnt vmcnt(0)\n"
+         "v_mov_b32_e32 v10, v20"),
+        ("s20 is read before a wait on lgkmcnt", "s_load_dword s20, s[4:5], 0x0\ns_mov_b32 s21, s20"),
+        ("s20 is read before a wait on lgkmcnt",  # two scalar loads may come back in either order
+         "s_load_dword s20, s[4:5], 0x0\ns_load_dword s22, s[4:5], 0x0\ns_waitcnt lgkmcnt(1)\ns_mov_b32 s21, s20"),
+        ("v20 is read before a wait on lgkmcnt",  # a scalar load among LDS loads makes their count say nothing
+         "ds_bpermute_b32 v20, v200, v1\ns_load_dword s22, s[4:5], 0x0\ns_waitcnt lgkmcnt(1)\nv_mov_b32_e32 v10, v20"),
+        ("v10 is read before a wait on lgkmcnt",  # a flat load counts in both
+         "v_mov_b32_e32 v20, s4\nv_mov_b32_e32 v21, s5\nflat_load_dword v10, v[20:21]\ns_waitcnt vmcnt(0)\n"
+         "v_mov_b32_e32 v10, v10"),
+        ("v10 is read before a wait on vmcnt",
+         "v_mov_b32_e32 v20, 0\nglobal_store_dword v20, v1, s[6:7]\nglobal_atomic_add v10, v20, v1, s[6:7] sc0\n"
+         "v_mov_b32_e32 v10, v10"),
+    ],
+)  # fmt: skip
+def test_wait_counts(match, body):
+    fails(match, body, ONES, lds=256)
+    execute(body, ONES, lds=256, observers=[])  # nothing but the check objects
+    waits = "\n".join(f"{line}\ns_waitcnt vmcnt(0) lgkmcnt(0)" for line in body.split("\n"))
+    if "v10" in body:
+        execute(waits, ONES, lds=256)
+
+
+def test_wait_counts_in_order():
+    """Loads and stores of vector memory complete in order, LDS instructions too: a count may leave later ones out."""
+    body = """
+    global_load_dword v10, v200, s[4:5]
+    global_load_dword v11, v200, s[4:5]
+    global_store_dword v200, v1, s[6:7]
+    s_waitcnt vmcnt(2)
+    v_add_u32_e32 v12, 1, v10
+    ds_write_b32 v200, v1
+    ds_read_b32 v13, v200
+    ds_bpermute_b32 v14, v200, v1
+    s_waitcnt lgkmcnt(1)
+    v_add_u32_e32 v13, 1, v13
+    s_waitcnt vmcnt(0) lgkmcnt(0)"""
+    got = execute(body, ONES, outputs=("v11", "v12", "v13", "v14"), lds=256)
+    assert [x[0] for x in got] == [1, 2, 2, 1]
+
+
+HAZARDS = [
+    # what it is, the instructions with {} where the wait states have to be, and how many
+    ("result of a matrix instruction", "v_mfma_f32_32x32x16_bf16 v[40:55], v[1:4], v[5:8], 0{}\nv_mov_b32_e32 v10, v40", 12),
+    ("result of a matrix instruction", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\nv_mov_b32_e32 v10, v43", 8),
+    ("result of a matrix instruction", "v_mfma_f32_32x32x2_f32 v[40:55], v1, v2, 0{}\nv_mov_b32_e32 v10, v40", 18),
+    ("result of a matrix instruction",
+     "v_mfma_f32_32x32x64_f8f6f4 v[40:55], v[1:8], v[9:16], 0{}\nglobal_store_dword v200, v40, s[6:7]", 20),
+    ("result of a matrix instruction",
+     "v_mfma_f32_16x16x128_f8f6f4 v[40:43], v[1:8], v[9:16], 0{}\nv_mov_b32_e32 v41, 0", 12),
+    ("reads a result as A, B",
+     "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\nv_mfma_f32_16x16x32_bf16 v[50:53], v[40:43], v[5:8], 0", 8),
+    ("reads a result as C", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\n"
+     "v_mfma_f32_16x16x32_bf16 v[50:53], v[1:4], v[5:8], v[42:45]", 6),
+    ("reads a result as C", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\n"
+     "v_mfma_f32_16x16x16_bf16 v[40:43], v[1:2], v[5:6], v[40:43]", 6),
+    ("reads a result as C", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\n"
+     "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], v[40:43]", 0),
+    ("C of a matrix instruction is overwritten",
+     "v_mfma_f32_32x32x16_bf16 v[40:55], v[1:4], v[5:8], v[60:75]{}\nv_mov_b32_e32 v60, 0", 7),
+    ("reads what a vector instruction wrote",
+     "v_mov_b32_e32 v1, 0{}\nv_mfma_f32_32x32x16_bf16 v[40:55], v[1:4], v[5:8], 0", 2),
+    ("DPP reads", "v_mov_b32_e32 v1, 0{}\nv_mov_b32_dpp v10, v1 row_shr:1 row_mask:0xf bank_mask:0xf", 2),
+    ("v_permlane reads", "v_mov_b32_e32 v1, 0{}\nv_permlane16_swap_b32_e32 v1, v2", 2),
+    ("read of a lane", "v_mov_b32_e32 v1, 0{}\nv_readlane_b32 s20, v1, 3", 1),
+    ("transcendental", "v_rcp_f32_e32 v10, v1{}\nv_mul_f32_e32 v10, v10, v1", 1),
+    ("written in part", "v_mov_b32_e32 v10, v1\nv_or_b32_sdwa v10, v1, v2 dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE "
+     "src0_sel:DWORD src1_sel:DWORD{}\nv_mov_b32_e32 v11, v10", 1),
+    ("DPP after a vector instruction wrote EXEC",
+     "v_cmpx_eq_u32_e32 v1, v2{}\nv_mov_b32_dpp v10, v1 row_shr:1 row_mask:0xf bank_mask:0xf", 5),
+    ("EXEC was written", "v_cmpx_eq_u32_e32 v1, v2{}\nv_readfirstlane_b32 s20, v1", 4),
+    ("reads an SGPR that one wrote", "v_cmp_eq_u32_e64 s[20:21], v1, v2{}\nv_cndmask_b32_e64 v10, v1, v2, s[20:21]", 2),
+    ("reads an SGPR that one wrote", "v_readfirstlane_b32 s20, v1{}\nv_mov_b32_e32 v10, s20", 2),
+    ("memory instruction reads an SGPR", "v_readfirstlane_b32 s4, v1{}\nglobal_load_dword v10, v200, s[4:5]", 5),
+    ("v_div_fmas reads VCC", "v_cmp_eq_u32_e32 vcc, v1, v2{}\nv_div_fmas_f32 v10, v1, v2, v1", 4),
+    ("lane number", "v_readfirstlane_b32 s20, v1{}\nv_readlane_b32 s21, v2, s20", 4),
+    ("uses M0", "s_mov_b32 m0, 0{}\nglobal_load_lds_dword v200, s[4:5]", 1),
+    ("data of a store", "global_store_dwordx4 v200, v[1:4], s[6:7]{}\nv_mov_b32_e32 v3, 0", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, body, states", HAZARDS, ids=lambda x: str(x).split("\n")[0][:24])
+def test_wait_states(what, body, states):
+    """Exactly as many as the table says are enough, also when the path leads around a loop."""
+    enough = f"\ns_nop {states - 1}" if states else ""
+    kernels.snippet(body.format(enough), 16, [])
+    if states:
+        short = f"\ns_nop {states - 2}" if states > 1 else ""
+        with pytest.raises(SimulationError, match=f"{states - 1} wait states after .*takes {states}.*{what}"):
+            if states == 20:  # what LLVM misses: a warning, see below
+                raise_as_error(body.format(short))
+            kernels.snippet(body.format(short), 16, [])
+        first, then = body.split("{}\n")
+        looped = f"s_branch .LBB0_2\n.LBB0_1:\n{then}\ns_branch .LBB0_3\n.LBB0_2:\n{first}\ns_branch .LBB0_1\n.LBB0_3:"
+        if states > 2:
+            with pytest.raises(SimulationError, match=f"1 wait states after .*takes {states}"):
+                kernels.snippet(looped, 16, [])
+
+
+def raise_as_error(body: str) -> None:
+    with pytest.warns(hazards.CompilerDefect) as caught:
+        kernels.snippet(body, 16, [])
+    raise SimulationError(str(caught[0].message))
+
+
+def test_order_in_lds():
+    write, wait, barrier = "ds_write_b32 v200, v1", "s_waitcnt lgkmcnt(0)", "s_barrier"
+    read_other = "v_xor_b32_e32 v20, 0x100, v200\nds_read_b32 v10, v20\ns_waitcnt lgkmcnt(0)"
+    lines = lambda *parts: "\n".join(parts)
+    options = dict(waves=4, lds=1024)
+    (got,) = execute(lines(write, wait, barrier, read_other), FOUR_WAVES, **options)
+    assert (got == FOUR_WAVES ^ 64).all()
+    fails("load of LDS byte.*no wait and barrier.*another wave", lines(write, wait, read_other), FOUR_WAVES, **options)
+    fails("load of LDS byte.*no wait and barrier", lines(write, barrier, read_other), FOUR_WAVES, **options)
+    overwrite = "ds_write_b32 v200, v200"
+    safe = lines(write, wait, barrier, read_other)
+    execute(lines(safe, barrier, overwrite, wait), FOUR_WAVES, **options)
+    fails("store of LDS byte.*no wait and barrier", lines(safe, overwrite, wait), FOUR_WAVES, **options)
+    late = lines(write, wait, barrier, "v_xor_b32_e32 v20, 0x100, v200\nds_read_b32 v10, v20", barrier, overwrite, wait)
+    fails("store of LDS byte.*no wait and barrier", late, FOUR_WAVES, **options)
+    same = lines("v_mov_b32_e32 v20, 0", "ds_write_b32 v20, v2", wait, barrier, "ds_read_b32 v10, v20", wait)
+    execute(same, FOUR_WAVES, FOUR_WAVES * 0 + 7, **options)  # all waves write one value to one place
+    fails("LDS byte 0: another lane stores another value", same.replace("v2", "v1"), FOUR_WAVES, FOUR_WAVES, **options)
+
+
+def test_order_of_loads_to_lds():
+    load = """
+    v_readfirstlane_b32 s20, v200
+    s_nop 3
+    s_mov_b32 m0, s20
+    s_nop 0
+    global_load_lds_dword v200, s[4:5]"""
+    own, other = (f"v_xor_b32_e32 v20, {x}, v200\nds_read_b32 v10, v20\ns_waitcnt lgkmcnt(0)" for x in ("0", "0x100"))
+    lines = lambda *parts: "\n".join(parts)
+    options = dict(waves=4, lds=1024)
+    assert (execute(lines(load, "s_waitcnt vmcnt(0)", own), FOUR_WAVES, **options)[0] == FOUR_WAVES).all()
+    got = execute(lines(load, "s_waitcnt vmcnt(0)\ns_barrier", other), FOUR_WAVES, **options)
+    assert (got[0] == FOUR_WAVES ^ 64).all()
+    for body in (lines(load, own), lines(load, "s_waitcnt vmcnt(0)", other), lines(load, "s_barrier", other),
+                 lines(load, "s_barrier\ns_waitcnt vmcnt(0)", other)):  # fmt: skip
+        fails("load of LDS byte.*no wait and barrier after a load to it", body, FOUR_WAVES, **options)
+    again = lines(load, "s_waitcnt vmcnt(0)\ns_barrier", other, "{}v_xor_b32_e32 v21, 0x80, v200",
+                  "global_load_lds_dword v21, s[4:5]\ns_waitcnt vmcnt(0)")  # fmt: skip
+    execute(again.format("s_barrier\n"), FOUR_WAVES, **options)
+    fails("store of LDS byte.*another wave", again.format(""), FOUR_WAVES, **options)
+
+
+def test_divergent_barriers():
+    """A wave that ends or waits elsewhere while others of its workgroup wait."""
+    body = """
+    v_readfirstlane_b32 s20, v0
+    s_nop 3
+    s_cmp_eq_u32 s20, 0
+    s_cbranch_scc1 .LBB0_1
+    s_barrier
+    {}
+.LBB0_1:
+    {}
+.LBB0_2:
+    s_nop 0"""
+    fails("divergent barrier", body.format("", ""), FOUR_WAVES, outputs=[], waves=4)
+    fails("divergent barrier", body.format("s_branch .LBB0_2", "s_barrier"), FOUR_WAVES, outputs=[], waves=4)
+    execute(body.format("", "").replace("scc1", "execz"), FOUR_WAVES, outputs=[], waves=4)

@@ -377,8 +377,8 @@ class LdsOrder(Observer):
     """Waves of a workgroup that touch the same byte of LDS, one of them writing it, with nothing that orders them.
 
     What orders is: the first one's s_waitcnt, then an s_barrier of both. Data that a load brings straight to LDS may be
-    used by the wave itself after its s_waitcnt. Writing a byte the value that it has conflicts with nobody, and atomics
-    do not conflict with each other.
+    used by the wave itself after its s_waitcnt. Lanes of one instruction may not write different values to one byte.
+    Writing a byte the value that it has conflicts with nobody, and atomics do not conflict with each other.
     """
 
     def start(self, machine: Machine) -> None:
@@ -412,6 +412,8 @@ class LdsOrder(Observer):
     def access(self, m: Machine, instruction: Instruction, access: Access) -> None:
         if access.space != "lds" or access.index.size == 0:
             return
+        if access.kind == "lost":
+            self._report(m, instruction, access, access.changed.any(1), "another lane stores another value with it")
         index, nbytes, waves = access.index, access.nbytes, access.waves
         own = self.bit[waves][:, None]
         direct = instruction.unit == "vmem"
@@ -422,7 +424,7 @@ class LdsOrder(Observer):
                 others = np.where(access.changed, others, np.uint16(0))
             conflict = others & ~own
             if conflict.any():
-                self._report(m, instruction, access, conflict.any(1), "another wave")
+                self._report(m, instruction, access, conflict.any(1), "no wait and barrier after the access by another wave")
         numbers = self._bytes("loads", index, nbytes)
         if numbers.max() >= self.visible_below:
             visible = np.where(
@@ -433,7 +435,7 @@ class LdsOrder(Observer):
             if direct:  # of one wave they complete in order
                 visible |= self.load_wave[numbers] == waves[:, None]
             if not visible.all():
-                self._report(m, instruction, access, ~visible.all(1), "a load to LDS")
+                self._report(m, instruction, access, ~visible.all(1), "no wait and barrier after a load to it")
         if direct:
             self._mark_direct(m, index, nbytes, waves)
         else:
@@ -460,13 +462,13 @@ class LdsOrder(Observer):
         self.load_done = np.append(self.load_done, np.full(loading.size, self.never))
         self.loads[index[:, None] + np.arange(nbytes)] = number[waves][:, None]
 
-    def _report(self, m, instruction, access, wrong, whom) -> None:
+    def _report(self, m, instruction, access, wrong, why) -> None:
         first = int(np.flatnonzero(wrong)[0])
         wave = int(access.waves[first])
         byte = int(access.index[first] - m.lds_base[wave])
         raise SimulationError(
-            f"{m.program.code.name}, {instruction}: {access.kind} of LDS byte {byte} with no wait and barrier after "
-            f"the access by {whom}; workgroup {int(m.workgroups[m.workgroup_of[wave]])}, wave {wave % m.warps}, "
+            f"{m.program.code.name}, {instruction}: {access.kind} of LDS byte {byte}: {why}; "
+            f"workgroup {int(m.workgroups[m.workgroup_of[wave]])}, wave {wave % m.warps}, "
             f"{int(wrong.sum())} lanes in all"
         )
 

@@ -33,7 +33,7 @@ class Access:
     space: str
     """``global``, ``lds`` or ``scratch``."""
     kind: str
-    """``load``, ``store`` or ``atomic``."""
+    """``load``, ``store``, ``atomic``, or ``lost``: a store that another lane of the same instruction overwrote."""
     index: np.ndarray
     """First bytes [k], in the memory's own numbering."""
     nbytes: int
@@ -221,16 +221,18 @@ class Machine:
         return self._active
 
     def touch(
-        self, instruction: Instruction, space: str, kind: str, index: np.ndarray, nbytes: int, rows: np.ndarray
-    ) -> np.ndarray:
-        """Check an access to ``nbytes`` at each of index [k] by the waves at ``rows``; its bytes' states [k, nbytes]."""
+        self, instruction: Instruction, space: str, kind: str, index: np.ndarray, nbytes: int, rows: np.ndarray,
+        lanes: np.ndarray | None,
+    ) -> np.ndarray:  # fmt: skip
+        """Check an access to ``nbytes`` at each of index [k] by (rows, lanes); its bytes' states [k, nbytes]."""
         memory = self.spaces[space]
         outside = (index < 0) | (index > memory.size - nbytes)
         if outside.any():
-            self._out_of_bounds(instruction, space, kind, index, nbytes, rows, outside)
+            self._out_of_bounds(instruction, space, kind, index, nbytes, rows, lanes, outside)
         states = memory.states(index, nbytes)
         if not (states & ACCESSIBLE).all():
-            self._out_of_bounds(instruction, space, kind, index, nbytes, rows, ~(states & ACCESSIBLE).all(1))
+            wrong = ~(states & ACCESSIBLE).all(1)
+            self._out_of_bounds(instruction, space, kind, index, nbytes, rows, lanes, wrong)
         return states
 
     def observe(self, instruction, space, kind, index, nbytes, rows, changed=None) -> None:
@@ -239,30 +241,37 @@ class Machine:
             for hook in self._access:
                 hook(self, instruction, access)
 
-    def load(self, instruction, space, index, nbytes, rows) -> tuple[np.ndarray, np.ndarray | None]:
+    def load(
+        self, instruction, space, index, nbytes, rows, lanes=None, kind="load"
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Bytes [k, nbytes], and which of them nobody wrote (None: none)."""
-        states = self.touch(instruction, space, "load", index, nbytes, rows)
-        self.observe(instruction, space, "load", index, nbytes, rows)
+        states = self.touch(instruction, space, kind, index, nbytes, rows, lanes)
+        self.observe(instruction, space, kind, index, nbytes, rows)
         unwritten = (states & WRITTEN) == 0
         return self.spaces[space].read(index, nbytes), unwritten if unwritten.any() else None
 
-    def store(self, instruction, space, index, values, rows, undefined=None, kind="store") -> None:
+    def store(self, instruction, space, index, values, rows, lanes, undefined=None, kind="store") -> None:
         """values [k, nbytes]; undefined: which of these bytes have no defined value (None: all have)."""
         memory, nbytes = self.spaces[space], values.shape[1]
-        states = self.touch(instruction, space, kind, index, nbytes, rows)
+        states = self.touch(instruction, space, kind, index, nbytes, rows, lanes)
         changed = None
         if space == "lds" and self._access:
             changed = (memory.read(index, nbytes) != values) | ((states & WRITTEN) == 0)
         self.observe(instruction, space, kind, index, nbytes, rows, changed)
         memory.write(index, values)
+        if changed is not None:
+            lost = memory.read(index, nbytes) != values
+            if lost.any():
+                self.observe(instruction, space, "lost", index, nbytes, rows, lost)
         if undefined is not None:
             memory.mark(index, ~undefined)
         elif not (states & WRITTEN).all():
             memory.mark(index, np.ones_like(states, bool))
 
-    def touch_outside_lds(self, within, nbytes, rows, wrong) -> None:
+    def outside_lds(self, within, nbytes, rows, lanes, wrong) -> None:
         """An access to LDS at addresses [k] of which some are outside."""
-        self._out_of_bounds(self.current, "lds", "access", within + self.lds_base[self.wave_ids[rows]], nbytes, rows, wrong)
+        index = within + self.lds_base[self.wave_ids[rows]]
+        self._out_of_bounds(self.current, "lds", "access", index, nbytes, rows, lanes, wrong)
 
     def where(self, row: int, lane: int | None = None) -> str:
         wave = int(self.wave_ids[row])
@@ -270,7 +279,7 @@ class Machine:
         text = f"workgroup {workgroup}, wave {wave % self.warps}"
         return text if lane is None else f"{text}, lane {lane}"
 
-    def _out_of_bounds(self, instruction, space, kind, index, nbytes, rows, wrong) -> None:
+    def _out_of_bounds(self, instruction, space, kind, index, nbytes, rows, lanes, wrong) -> None:
         first = int(np.flatnonzero(wrong)[0])
         row = int(rows[first])
         address = int(index[first])
@@ -282,7 +291,7 @@ class Machine:
             place = f"scratch of {self.scratch_bytes} bytes a lane"
         raise SimulationError(
             f"{self.program.code.name}, {instruction}: {kind} of {nbytes} bytes outside every buffer that the kernel was "
-            f"given: {place}; {self.where(row)}, {int(wrong.sum())} lanes in all"
+            f"given: {place}; {self.where(row, None if lanes is None else int(lanes[first]))}, {int(wrong.sum())} in all"
         )
 
     # --- the loop

@@ -182,17 +182,17 @@ def _lds_address(instruction: Instruction, vaddr: Operand, offset: int, nbytes: 
         rows, lanes = m.active_lanes
         _required(m, instruction, vaddr, rows, lanes)
         within = (np.broadcast_to(source(m), (m.n, 64)).astype(I64) + offset)[rows, lanes]
-        return _lds_index(m, within, nbytes, rows), rows, lanes, None
+        return _lds_index(m, within, nbytes, rows, lanes), rows, lanes, None
 
     return address
 
 
-def _lds_index(m, within: np.ndarray, nbytes: int, rows: np.ndarray) -> np.ndarray:
-    """Addresses [k] in a workgroup's LDS -> indices in that of all; one outside becomes one that fails the check."""
+def _lds_index(m, within: np.ndarray, nbytes: int, rows: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+    """Addresses [k] in a workgroup's LDS -> indices in that of all workgroups."""
     index = m.lds_base[m.wave_ids[rows]] + within
     inside = (within >= 0) & (within + nbytes <= m.lds_bytes)
     if not inside.all():
-        m.touch_outside_lds(within, nbytes, rows, ~inside)
+        m.outside_lds(within, nbytes, rows, lanes, ~inside)
     return index
 
 
@@ -203,10 +203,10 @@ def _loader(instruction: Instruction, space: str, address: Callable, dest: int, 
     def run(m):
         index, rows, lanes, inside = address(m)
         if inside is None:
-            data, unwritten = m.load(instruction, space, index, nbytes, rows)
+            data, unwritten = m.load(instruction, space, index, nbytes, rows, lanes)
         else:
             data, unwritten = np.zeros((index.size, nbytes), np.uint8), None
-            read, missing = m.load(instruction, space, index[inside], nbytes, rows[inside])
+            read, missing = m.load(instruction, space, index[inside], nbytes, rows[inside], lanes[inside])
             data[inside] = read
             if missing is not None:
                 unwritten = np.zeros(data.shape, bool)
@@ -224,7 +224,7 @@ def _storer(instruction: Instruction, space: str, address: Callable, data: Opera
         values, undefined = _take(m, data, nbytes, high, rows, lanes)
         if undefined is not None and space == "global":
             m.undefined.report(m, instruction, rows, lanes, undefined.any(1), "what is stored")
-        m.store(instruction, space, index, values, rows, undefined)
+        m.store(instruction, space, index, values, rows, lanes, undefined)
 
     return run
 
@@ -239,13 +239,13 @@ def _lds_loader(instruction: Instruction, address: Callable, nbytes: int) -> Cal
             m.undefined.require_scalar(m, instruction, [M0], "an LDS address")
         data, unwritten = np.zeros((index.size, nbytes), np.uint8), np.zeros((index.size, nbytes), bool)
         chosen = np.ones(index.size, bool) if inside is None else inside
-        read, missing = m.load(instruction, "global", index[chosen], nbytes, rows[chosen])
+        read, missing = m.load(instruction, "global", index[chosen], nbytes, rows[chosen], lanes[chosen])
         data[chosen] = read
         if missing is not None:
             unwritten[chosen] = missing
         within = m.s[m.waves, M0].astype(I64)[rows] + offset + lanes * nbytes
-        to = _lds_index(m, within, nbytes, rows)
-        m.store(instruction, "lds", to, data, rows, unwritten if missing is not None else None)
+        to = _lds_index(m, within, nbytes, rows, lanes)
+        m.store(instruction, "lds", to, data, rows, lanes, unwritten if missing is not None else None)
 
     return run
 
@@ -333,7 +333,7 @@ for _bits in (32, 64):
 
         def run(m):
             found = [address(m) for address in addresses]
-            loaded = [m.load(instruction, "lds", index, nbytes, rows) for index, rows, _, _ in found]
+            loaded = [m.load(instruction, "lds", index, nbytes, rows, lanes) for index, rows, lanes, _ in found]
             for i, ((data, unwritten), (_, rows, lanes, _)) in enumerate(zip(loaded, found)):
                 _put(m, dest.index + i * nbytes // 4, data, unwritten, "", rows, lanes)
 
@@ -376,7 +376,7 @@ for _bits in (16, 8, 4):
             if m.mask is not None:
                 raise AssemblyError("a transposed read with inactive lanes")
             index, rows, lanes, _ = address(m)
-            data, unwritten = m.load(instruction, "lds", index, 8, rows)
+            data, unwritten = m.load(instruction, "lds", index, 8, rows, lanes)
             if unwritten is not None:
                 unwritten = transposed(unwritten * np.uint8(255)) != 0
             _put(m, dest.index, transposed(data), unwritten, "", rows, lanes)
@@ -524,7 +524,7 @@ def _atomic(
         while left.size:
             _, first = np.unique(index[left], return_index=True)
             now = left[first]
-            old, missing = m.load(instruction, space, index[now], dtype.itemsize, rows[now])
+            old, missing = m.load(instruction, space, index[now], dtype.itemsize, rows[now], lanes[now], "atomic")
             if missing is not None:
                 unwritten[now] = missing
             old = np.ascontiguousarray(old).view(dtype)[:, 0]
@@ -534,7 +534,7 @@ def _atomic(
             else:
                 new = function(old, values[now, 0]).astype(dtype)
             octets = np.ascontiguousarray(new[:, None]).view(np.uint8)
-            m.store(instruction, space, index[now], octets, rows[now], missing, kind="atomic")
+            m.store(instruction, space, index[now], octets, rows[now], lanes[now], missing, kind="atomic")
             left = np.delete(left, first)
         if dest is not None:
             octets = before[:, None].view(np.uint8)
