@@ -44,10 +44,10 @@ amdhsa.kernels:
 
 def snippet(body: str, inputs: int, outputs: Iterable[str], waves: int = 1, lds: int = 0, scratch: int = 0) -> Kernel:
     """A kernel that loads its inputs, dwords by work-item, to v1, v2, ..., runs ``body`` and stores the registers
-    ``outputs``. s[4:5] and s[6:7] hold the addresses of input and output, v200 the work-item's offset, v0 its number."""
+    ``outputs``. s[4:5] and s[6:7] hold the addresses of input and output, v0 the work-item's number, v200 that by 4."""
     step = 256 * waves
-    lines = ["snippet:", "s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v200, 2, v0", "v_mov_b32_e32 v201, v200",
-             "s_waitcnt lgkmcnt(0)"]  # fmt: skip
+    lines = ["snippet:", "s_load_dwordx4 s[4:7], s[0:1], 0x0", "v_lshlrev_b32_e32 v200, 2, v0"]
+    lines += ["v_mov_b32_e32 v201, v200", "s_waitcnt lgkmcnt(0)"]
     for i in range(inputs):
         lines += [f"global_load_dword v{i + 1}, v201, s[4:5]", f"v_add_u32_e32 v201, {step}, v201"]
     lines += ["v_mov_b32_e32 v201, v200", "s_waitcnt vmcnt(0)", *body.strip().splitlines()]

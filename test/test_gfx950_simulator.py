@@ -492,7 +492,11 @@ def test_dpp(control, bound, masks):
 def test_dpp_of_inactive_lanes():
     """A source lane that EXEC leaves out counts as missing."""
     a, b = integers(9), integers(10)
-    body = "v_mov_b32_e32 v10, v2\ns_mov_b64 exec, 0x55555555\ns_nop 4\nv_add_u32_dpp v10, v1, v1 {} row_mask:0xf bank_mask:0xf"
+    body = """
+    v_mov_b32_e32 v10, v2
+    s_mov_b64 exec, 0x55555555
+    s_nop 4
+    v_add_u32_dpp v10, v1, v1 {} row_mask:0xf bank_mask:0xf"""
     for control, source in (("quad_perm:[1,1,3,3]", 1), ("quad_perm:[0,0,2,2]", 0)):
         (got,) = execute(body.format(control), a, b)
         for i in range(64):
@@ -913,7 +917,8 @@ def test_reductions_and_scan(name, dtype, warps):
     pointers = dict.fromkeys(("x", "total", "largest", "running"), f"*{name}") | dict(position="*i32")
     kernel = compile_(kernels.reduce_kernel, pointers, dict(BLOCK=512), num_warps=warps)
     x = (randn(512, seed=3) * 100).to(dtype)
-    total, largest, position = torch.empty(1, dtype=dtype), torch.empty(1, dtype=dtype), torch.empty(1, dtype=torch.int32)
+    total, largest = torch.empty(1, dtype=dtype), torch.empty(1, dtype=dtype)
+    position = torch.empty(1, dtype=torch.int32)
     running = torch.empty(512, dtype=dtype)
     outputs = dict(total=total, largest=largest, position=position, running=running)
     run(kernel, dict(x=x, **outputs), (1,), outputs)
@@ -1130,13 +1135,13 @@ FOUR_WAVES = np.arange(256, dtype=np.uint32)
 
 def test_bounds():
     """An error names the instruction, the place, the buffer and the lane."""
-    fails(r"line \d+: global_load_dword v10, v20, s\[4:5\]: load of 4 bytes outside every buffer.*byte 256 of 'source', "
-          r"which has 256\); workgroup 0, wave 0, lane 63, 1 in all",
+    fails(r"line \d+: global_load_dword v10, v20, s\[4:5\]: load of 4 bytes outside every buffer.*byte 256 of 'source'"
+          r", which has 256\); workgroup 0, wave 0, lane 63, 1 in all",
           "v_add_u32_e32 v20, 4, v200\nglobal_load_dword v10, v20, s[4:5]\ns_waitcnt vmcnt(0)", ONES)  # fmt: skip
     fails("store of 2 bytes outside.*byte 1024 of 'out'", "global_store_short v200, v1, s[6:7] offset:1020", ONES,
           outputs=["v1"] * 4)  # fmt: skip
     fails("outside every buffer.*LDS byte 256 of 256", "ds_write_b32 v200, v1 offset:4", ONES, lds=256)
-    fails("load.*outside every buffer.*scratch of 8 bytes", "scratch_load_dword v10, off, off offset:8", ONES, scratch=8)
+    fails("load.*outside every.*scratch of 8 bytes", "scratch_load_dword v10, off, off offset:8", ONES, scratch=8)
     fails("outside every buffer", "s_load_dword s20, s[4:5], 0x100", ONES)
 
 
@@ -1239,27 +1244,30 @@ def test_wait_counts_in_order():
     assert [x[0] for x in got] == [1, 2, 2, 1]
 
 
+A, B = "v[1:4]", "v[5:8]"
 HAZARDS = [
     # what it is, the instructions with {} where the wait states have to be, and how many
-    ("result of a matrix instruction", "v_mfma_f32_32x32x16_bf16 v[40:55], v[1:4], v[5:8], 0{}\nv_mov_b32_e32 v10, v40", 12),
-    ("result of a matrix instruction", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\nv_mov_b32_e32 v10, v43", 8),
+    ("result of a matrix instruction",
+     f"v_mfma_f32_32x32x16_bf16 v[40:55], {A}, {B}, 0{{}}\nv_mov_b32_e32 v10, v40", 12),
+    ("result of a matrix instruction",
+     f"v_mfma_f32_16x16x32_bf16 v[40:43], {A}, {B}, 0{{}}\nv_mov_b32_e32 v10, v43", 8),
     ("result of a matrix instruction", "v_mfma_f32_32x32x2_f32 v[40:55], v1, v2, 0{}\nv_mov_b32_e32 v10, v40", 18),
     ("result of a matrix instruction",
      "v_mfma_f32_32x32x64_f8f6f4 v[40:55], v[1:8], v[9:16], 0{}\nglobal_store_dword v200, v40, s[6:7]", 20),
     ("result of a matrix instruction",
      "v_mfma_f32_16x16x128_f8f6f4 v[40:43], v[1:8], v[9:16], 0{}\nv_mov_b32_e32 v41, 0", 12),
     ("reads a result as A, B",
-     "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\nv_mfma_f32_16x16x32_bf16 v[50:53], v[40:43], v[5:8], 0", 8),
-    ("reads a result as C", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\n"
-     "v_mfma_f32_16x16x32_bf16 v[50:53], v[1:4], v[5:8], v[42:45]", 6),
-    ("reads a result as C", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\n"
+     f"v_mfma_f32_16x16x32_bf16 v[40:43], {A}, {B}, 0{{}}\nv_mfma_f32_16x16x32_bf16 v[50:53], v[40:43], v[5:8], 0", 8),
+    ("reads a result as C", f"v_mfma_f32_16x16x32_bf16 v[40:43], {A}, {B}, 0{{}}\n"
+     f"v_mfma_f32_16x16x32_bf16 v[50:53], {A}, {B}, v[42:45]", 6),
+    ("reads a result as C", f"v_mfma_f32_16x16x32_bf16 v[40:43], {A}, {B}, 0{{}}\n"
      "v_mfma_f32_16x16x16_bf16 v[40:43], v[1:2], v[5:6], v[40:43]", 6),
-    ("reads a result as C", "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], 0{}\n"
-     "v_mfma_f32_16x16x32_bf16 v[40:43], v[1:4], v[5:8], v[40:43]", 0),
+    ("reads a result as C", f"v_mfma_f32_16x16x32_bf16 v[40:43], {A}, {B}, 0{{}}\n"
+     f"v_mfma_f32_16x16x32_bf16 v[40:43], {A}, {B}, v[40:43]", 0),
     ("C of a matrix instruction is overwritten",
-     "v_mfma_f32_32x32x16_bf16 v[40:55], v[1:4], v[5:8], v[60:75]{}\nv_mov_b32_e32 v60, 0", 7),
+     f"v_mfma_f32_32x32x16_bf16 v[40:55], {A}, {B}, v[60:75]{{}}\nv_mov_b32_e32 v60, 0", 7),
     ("reads what a vector instruction wrote",
-     "v_mov_b32_e32 v1, 0{}\nv_mfma_f32_32x32x16_bf16 v[40:55], v[1:4], v[5:8], 0", 2),
+     f"v_mov_b32_e32 v1, 0{{}}\nv_mfma_f32_32x32x16_bf16 v[40:55], {A}, {B}, 0", 2),
     ("DPP reads", "v_mov_b32_e32 v1, 0{}\nv_mov_b32_dpp v10, v1 row_shr:1 row_mask:0xf bank_mask:0xf", 2),
     ("v_permlane reads", "v_mov_b32_e32 v1, 0{}\nv_permlane16_swap_b32_e32 v1, v2", 2),
     ("read of a lane", "v_mov_b32_e32 v1, 0{}\nv_readlane_b32 s20, v1, 3", 1),

@@ -8,7 +8,7 @@ import numpy as np
 from .assembly import EXEC, VCC, Instruction
 from .machine import Access, Machine, Observer, SimulationError
 from .matrix import output_map
-from .operands import SGPR, lanes_of, masks_of
+from .operands import SGPR, lanes_of, masks_of, register_name
 from .vector import swap_rows
 
 ALL_BITS = np.uint32(0xFFFFFFFF)
@@ -156,8 +156,6 @@ class Undefined(Observer):
         if name in self._PER_LANE:
             condition = (VCC, VCC + 1) if name == "v_div_fmas_f32" else tuple(instruction.operands[-1].registers)
             undefined |= lanes_of(self.s64[m.waves, condition[0] // 2])
-        if name == "v_cndmask_b32" and not instruction.encoding:
-            raise AssertionError(f"{instruction}: an encoding is expected")
         if name == "v_cndmask_b32" and instruction.encoding in ("e32", "e64"):
             taken = lanes_of(m.s64[m.waves, condition[0] // 2])
             for operand, lanes in zip(instruction.operands[1:3], (~taken, taken)):
@@ -291,9 +289,9 @@ class Undefined(Observer):
 class _Counters:
     """What a wave has issued and what s_waitcnt has told it is complete, as ordinals.
 
-    vmcnt counts vector memory instructions, loads and stores alike, which complete in the order of issue; lgkmcnt counts
-    LDS instructions, which do too, and scalar loads, which do not: with one outstanding only lgkmcnt(0) says anything
-    (CDNA4 ISA, section 4.4 on s_waitcnt). Flat instructions count in both.
+    vmcnt counts vector memory instructions, loads and stores alike, which complete in the order of issue; lgkmcnt
+    counts LDS instructions, which do too, and scalar loads, which do not: with one outstanding only lgkmcnt(0) says
+    anything (CDNA4 ISA, section 4.4 on s_waitcnt). Flat instructions count in both.
     """
 
     def __init__(self, machine: Machine):
@@ -347,10 +345,9 @@ class WaitCounts(Observer):
         for counter, ordinals in self.pending[register].items():
             late = ordinals[m.waves] > self.counters.done[counter][m.waves]
             if late.any() and counter not in except_for:
-                name = f"s{register - SGPR}" if register >= SGPR else f"v{register}" if register < 256 else f"a{register - 256}"
                 raise SimulationError(
-                    f"{m.program.code.name}, {instruction}: {name} is {what} before a wait on {counter} guarantees that the "
-                    f"load into it is complete; {m.where(int(np.flatnonzero(late)[0]))}"
+                    f"{m.program.code.name}, {instruction}: {register_name(register)} is {what} before a wait on "
+                    f"{counter} guarantees that the load into it is complete; {m.where(int(np.flatnonzero(late)[0]))}"
                 )
 
     def after(self, m: Machine, instruction: Instruction) -> None:
@@ -386,7 +383,7 @@ class LdsOrder(Observer):
             raise SimulationError("more than 16 waves in a workgroup")
         size = machine.lds.data.size
         self.reads = np.zeros(size, np.uint16)
-        """By byte: the waves of the workgroup, a bit each, that read it since the last barrier or did not wait before."""
+        """By byte: the waves of the workgroup, a bit each, that read it since the last barrier or have not waited."""
         self.writes = np.zeros(size, np.uint16)
         self.loads = np.zeros(size, np.int32)
         """By byte: the number of the direct load that wrote it last."""
@@ -424,7 +421,8 @@ class LdsOrder(Observer):
                 others = np.where(access.changed, others, np.uint16(0))
             conflict = others & ~own
             if conflict.any():
-                self._report(m, instruction, access, conflict.any(1), "no wait and barrier after the access by another wave")
+                why = "no wait and barrier after the access by another wave"
+                self._report(m, instruction, access, conflict.any(1), why)
         numbers = self._bytes("loads", index, nbytes)
         if numbers.max() >= self.visible_below:
             visible = np.where(

@@ -12,9 +12,9 @@ What is checked, with the wait states that are needed; N is the passes of a matr
 
 - matrix instruction writes a VGPR, then
   a vector ALU, memory or LDS instruction reads or writes it, or a matrix instruction reads it as A or B: N + 4
-  (N = 2: 5); a matrix instruction reads it as C: N + 2 (N = 2: 3), but 0 (N = 2: 2) if C is exactly what the same kind of
-  instruction wrote (https://github.com/llvm/llvm-project/pull/218363);
-  of an instruction on float32 operands N + 2 and N instead of N + 4 and N + 2;
+  (N = 2: 5); a matrix instruction reads it as C: N + 2 (N = 2: 3), but 0 (N = 2: 2) if C is exactly what the same kind
+  of instruction wrote (https://github.com/llvm/llvm-project/pull/218363); of an instruction on float32 operands N + 2
+  and N instead of N + 4 and N + 2;
 - matrix instruction reads a VGPR as C, then a vector ALU instruction writes it: N - 1;
 - vector ALU instruction writes a VGPR, then a matrix instruction reads it: 2; DPP reads it: 2; v_readlane or
   v_readfirstlane reads it: 1; v_permlane*_swap reads it: 2;
@@ -30,8 +30,8 @@ What is checked, with the wait states that are needed; N is the passes of a matr
 
 LLVM knows these numbers, but up to September 2026 looked back no further than 19 states, and so missed a use that is
 exactly 19 states after an instruction of 16 passes, where gfx950 takes 20
-(https://github.com/llvm/llvm-project/pull/222040). Triton's releases of before have that defect: whether a kernel is hit
-depends on how it happens to be scheduled.
+(https://github.com/llvm/llvm-project/pull/222040). Triton's releases of before have that defect: whether a kernel is
+hit depends on how it happens to be scheduled.
 
 Not checked: s_setreg and s_getreg, dot-product instructions, float64 matrix instructions.
 """
@@ -78,7 +78,7 @@ def _partial(instruction: Instruction) -> bool:
     if instruction.encoding == "sdwa":
         return instruction.modifiers.get("dst_sel", "DWORD") != "DWORD"
     op_sel = instruction.modifiers.get("op_sel", ())
-    return instruction.unit in _VALU and not instruction.name.startswith("v_pk_") and len(op_sel) == 4 and bool(op_sel[3])
+    return instruction.unit in _VALU and len(op_sel) == 4 and bool(op_sel[3])
 
 
 def needed(first: Instruction, then: Instruction) -> tuple[int, str]:

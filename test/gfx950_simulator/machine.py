@@ -72,7 +72,7 @@ class Program:
         for instruction in self.instructions:
             decode(instruction)
         leaders = {i.target for i in self.instructions if i.target is not None}
-        leaders |= {i.index + 1 for i in self.instructions if i.target is not None or i.name in ("s_barrier", "s_endpgm")}
+        leaders |= {i.index + 1 for i in self.instructions if i.unit == "flow"}
         ends = sorted(leaders | {len(self.instructions)})
         self.block_end = {}
         end = 0
@@ -281,7 +281,7 @@ class Machine:
 
     def _out_of_bounds(self, instruction, space, kind, index, nbytes, rows, lanes, wrong) -> None:
         first = int(np.flatnonzero(wrong)[0])
-        row = int(rows[first])
+        row, lane = int(rows[first]), None if lanes is None else int(lanes[first])
         address = int(index[first])
         if space == "global":
             place = self.memory.describe(self.memory.BASE + address)
@@ -290,8 +290,8 @@ class Machine:
         else:
             place = f"scratch of {self.scratch_bytes} bytes a lane"
         raise SimulationError(
-            f"{self.program.code.name}, {instruction}: {kind} of {nbytes} bytes outside every buffer that the kernel was "
-            f"given: {place}; {self.where(row, None if lanes is None else int(lanes[first]))}, {int(wrong.sum())} in all"
+            f"{self.program.code.name}, {instruction}: {kind} of {nbytes} bytes outside every buffer that the kernel "
+            f"was given: {place}; {self.where(row, lane)}, {int(wrong.sum())} in all"
         )
 
     # --- the loop
@@ -339,8 +339,7 @@ class Machine:
         pc = self.pc.reshape(shape)
         if (waiting & (pc != pc.max(1, where=waiting, initial=0)[:, None])).any():
             raise SimulationError(
-                f"{self.program.code.name}, {instruction}: divergent barrier: waves of one workgroup wait at different "
-                "barriers"
+                f"{self.program.code.name}, {instruction}: divergent barrier: waves wait at different ones"
             )
         if (done.any(1) & waiting.any(1)).any():
             raise SimulationError(

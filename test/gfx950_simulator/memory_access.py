@@ -134,7 +134,7 @@ def _global_address(instruction: Instruction, vaddr: Operand, saddr: Operand | N
 
 
 def _buffer_address(instruction: Instruction, operands: list[Operand], nbytes: int) -> Callable:
-    """Of a raw buffer: base + offset + soffset, where offset + soffset beyond num_records reads 0 and stores nothing."""
+    """Of a raw buffer: base + offset + soffset, where offset + soffset beyond num_records reads 0, stores nothing."""
     vaddr, resource, soffset = operands
     modifiers = instruction.modifiers
     if modifiers.get("idxen"):
@@ -216,7 +216,9 @@ def _loader(instruction: Instruction, space: str, address: Callable, dest: int, 
     return run
 
 
-def _storer(instruction: Instruction, space: str, address: Callable, data: Operand, nbytes: int, high: bool) -> Callable:
+def _storer(
+    instruction: Instruction, space: str, address: Callable, data: Operand, nbytes: int, high: bool
+) -> Callable:
     def run(m):
         index, rows, lanes, inside = address(m)
         if inside is not None:
@@ -358,7 +360,7 @@ for _bits in (16, 8, 4):
 
     @define(f"ds_read_b64_tr_b{_bits}", "ds")
     def _(instruction, bits=_bits):
-        """Each 16 lanes read 16 x 64 bits, which are a matrix of 64 / bits rows of 16 elements; lane i gets column i."""
+        """Each 16 lanes read 16 x 64 bits: a matrix of 64 / bits rows of 16 elements; lane i gets column i."""
         dest, vaddr = instruction.operands
         address = _lds_address(instruction, vaddr, instruction.modifiers.get("offset", 0), 8)
         rows_, element = 64 // bits, {16: np.uint16, 8: np.uint8, 4: np.uint8}[bits]
@@ -577,5 +579,3 @@ for _name, _operation in _LDS_OPERATIONS.items():
         dest, vaddr, data = instruction.operands
         address = _lds_address(instruction, vaddr, instruction.modifiers.get("offset", 0), size)
         return _atomic(instruction, "lds", address, data, operation, dest)
-
-

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assembly import AssemblyError, Instruction, Operand, float_bits
+from .assembly import AGPR, AssemblyError, Instruction, Operand, float_bits
 
 SGPR = 1000
 """Added to the number of an SGPR where registers of both kinds are listed together."""
@@ -172,3 +172,9 @@ def registers(operand: Operand) -> list[int]:
     if operand.kind not in ("v", "s"):
         return []
     return [number + SGPR * (operand.kind == "s") for number in operand.registers]
+
+
+def register_name(number: int) -> str:
+    if number >= SGPR:
+        return f"s{number - SGPR}"
+    return f"v{number}" if number < AGPR else f"a{number - AGPR}"

@@ -135,7 +135,7 @@ for _bits, _dtype in (("32", U32), ("64", U64)):
     )
     scalar(f"s_bcnt1_i32_b{_bits}", f"u32 = u{_bits}", "nonzero")(lambda a: np.bitwise_count(a).astype(U32))
     scalar(f"s_ff1_i32_b{_bits}", f"i32 = u{_bits}")(
-        lambda a, dtype=_dtype: np.where(a == 0, I32(-1), np.bitwise_count((a & (~a + dtype(1))) - dtype(1)).astype(I32))
+        lambda a, one=_dtype(1): np.where(a == 0, I32(-1), np.bitwise_count((a & (~a + one)) - one).astype(I32))
     )
     scalar(f"s_flbit_i32_b{_bits}", f"i32 = u{_bits}")(
         lambda a, bits=int(_bits): np.array([bits - int(x).bit_length() if x else -1 for x in np.atleast_1d(a)], I32)

@@ -131,7 +131,7 @@ def _sources(instruction: Instruction, operands: list[Operand], types: list[str]
 def _output(instruction: Instruction, type_: str) -> Callable:
     """(values) -> values with the output modifiers."""
     modifiers = instruction.modifiers
-    scale = {"mul:2": 2, "mul:4": 4, "div:2": 0.5}.get(next((f"{k}:{v}" for k, v in modifiers.items() if k in "mul div"), ""))
+    scale = modifiers.get("mul") or (1 / modifiers["div"] if "div" in modifiers else None)
     clamp = modifiers.get("clamp")
     if clamp and re.match(r"v_(add|sub|subrev)_[ui]\d+$", instruction.name):
         return None  # saturates: see _saturating
@@ -149,8 +149,7 @@ def _output(instruction: Instruction, type_: str) -> Callable:
     return change if clamp or scale else None
 
 
-KEEPS_HIGH_HALF = {"v_bitop3_b16", "v_mad_u16", "v_mad_i16", "v_mad_f16", "v_fma_f16", "v_div_fixup_f16",
-                   "v_cvt_pk_f32_fp8"}  # fmt: skip
+KEEPS_HIGH_HALF = {"v_bitop3_b16"}
 """16-bit instructions that leave the other half of the register; the others write zeros there (GFX9)."""
 
 
@@ -211,7 +210,8 @@ def _saturating(function: Callable, dtype: type) -> Callable:
 
 
 def vector(names: str, signature: str, unit: str = "valu", reads_dest: bool = False) -> Callable:
-    """Enter a function of arrays: ``signature`` is ``"f32 = f32, f32"``. reads_dest: the last source is the destination."""
+    """Enter a function of arrays: ``signature`` is ``"f32 = f32, f32"``. reads_dest: the last source is the
+    destination."""
     result, _, types = signature.partition(" = ")
     types = types.split(", ") if types else []
 
@@ -305,10 +305,13 @@ for _name, _type, _function in (
     ("v_min_u32", "u32", np.minimum), ("v_max_u32", "u32", np.maximum), ("v_min_i32", "i32", np.minimum),
     ("v_max_i32", "i32", np.maximum), ("v_min_u16", "u16", np.minimum), ("v_max_u16", "u16", np.maximum),
     ("v_min_i16", "i16", np.minimum), ("v_max_i16", "i16", np.maximum), ("v_add_u16", "u16", np.add),
-    ("v_sub_u16", "u16", np.subtract), ("v_subrev_u16", "u16", lambda a, b: b - a), ("v_mul_lo_u16", "u16", np.multiply),
-    ("v_lshlrev_b32", "u32", lambda a, b: b << (a & U32(31))), ("v_lshrrev_b32", "u32", lambda a, b: b >> (a & U32(31))),
+    ("v_sub_u16", "u16", np.subtract), ("v_subrev_u16", "u16", lambda a, b: b - a),
+    ("v_mul_lo_u16", "u16", np.multiply),
+    ("v_lshlrev_b32", "u32", lambda a, b: b << (a & U32(31))),
+    ("v_lshrrev_b32", "u32", lambda a, b: b >> (a & U32(31))),
     ("v_ashrrev_i32", "i32", lambda a, b: b >> (a & I32(31))),
-    ("v_lshlrev_b16", "u16", lambda a, b: b << (a & U16(15))), ("v_lshrrev_b16", "u16", lambda a, b: b >> (a & U16(15))),
+    ("v_lshlrev_b16", "u16", lambda a, b: b << (a & U16(15))),
+    ("v_lshrrev_b16", "u16", lambda a, b: b >> (a & U16(15))),
     ("v_ashrrev_i16", "i16", lambda a, b: b >> (a & np.int16(15))),
     ("v_bfm_b32", "u32", lambda a, b: ((U32(1) << (a & U32(31))) - U32(1)) << (b & U32(31))),
 ):  # fmt: skip
@@ -456,9 +459,7 @@ vector("v_cndmask_b32", "u32 = u32, u32, mask")(lambda a, b, mask: np.where(mask
 def _carry(names: str, function: Callable, carry_in: bool) -> None:
     @define(names, "valu", dests=2)
     def _(instruction):
-        sources, written = _sources(
-            instruction, list(instruction.operands[2:]), ["u32", "u32"] + ["mask"] * carry_in
-        )
+        sources, written = _sources(instruction, list(instruction.operands[2:]), ["u32", "u32"] + ["mask"] * carry_in)
         write, write_carry = _writer(instruction, "u32"), scalar_dest(instruction.operands[1], 8)
 
         def run(m):
@@ -719,7 +720,7 @@ for _format in ("fp8", "bf8"):
 
 
 def _to_fp8(names: str, format_: str, scaled: bool) -> None:
-    """Two float32 values, divided by the scale, to the half of the register that op_sel chooses; the other half stays."""
+    """Two float32 values, divided by the scale, to the half of the register that op_sel chooses; the other stays."""
 
     @define(names, "valu", reads_dest=True)
     def _(instruction):
