@@ -151,8 +151,8 @@ class Undefined(Observer):
     def _vector(self, m: Machine, instruction: Instruction) -> None:
         undefined, high_only = np.zeros((m.n, 64), bool), np.zeros((m.n, 64), bool)
         condition, name = (), instruction.name
-        pairs = [one for one in instruction.operands[1:] if one.kind == "v" and one.count == 2]
-        high_words = {one.index + 1 for one in pairs} if name in self._LOW_FROM_LOW else ()
+        wide = [one for one in instruction.operands[1:] if one.kind == "v" and one.count == 2]
+        high_words = {one.index + 1 for one in wide} if name in self._LOW_FROM_LOW else ()
         if name in self._PER_LANE:
             condition = (VCC, VCC + 1) if name == "v_div_fmas_f32" else tuple(instruction.operands[-1].registers)
             undefined |= lanes_of(self.s64[m.waves, condition[0] // 2])
@@ -237,6 +237,7 @@ class Undefined(Observer):
         bitwise = {"s_and_b64": 0, "s_and_b32": 0, "s_or_b64": 1, "s_or_b32": 1, "s_andn2_b64": 2, "s_andn2_b32": 2,
                    "s_and_saveexec_b64": 0, "s_or_saveexec_b64": 1}.get(name)  # fmt: skip
         if bitwise is not None or name in ("s_mov_b64", "s_mov_b32", "s_xor_b64", "s_not_b64"):
+            undefined_scc = np.zeros(m.n, bool)
             for half in range(len(instruction.operands[0].registers)):
                 parts = [self._half(m, operand, half) for operand in operands]
                 if "saveexec" in name:
@@ -255,7 +256,7 @@ class Undefined(Observer):
                     self.put_scalar(m, instruction.operands[0].index + half, 0)
                 else:
                     self.put_scalar(m, instruction.operands[0].index + half, undefined)
-            undefined_scc = undefined != 0
+                undefined_scc |= undefined != 0
         else:
             anything = self.scc[m.waves].copy() if reads_scc else np.zeros(m.n, bool)
             for register in instruction.reads:
@@ -399,7 +400,7 @@ class LdsOrder(Observer):
         self.load_done = np.full(1, -1, np.int64)
         """By number of a direct load: the barriers its wave had passed when it knew that it was complete."""
         self.visible_below = 1
-        self._windows = {}
+        """Direct loads with smaller numbers are complete, and all waves know it."""
 
     def _bytes(self, name: str, index: np.ndarray, nbytes: int) -> np.ndarray:
         """Entries [k, nbytes] of a table for the bytes at index [k]."""
