@@ -43,7 +43,7 @@ def check(version: str, arguments: list[str]) -> tuple[int, str]:
     """The exit status of the tests, and what they said of themselves in a line or two."""
     folder = installed(version)
     path = os.pathsep.join(map(str, (ROOT, ROOT / "test", folder)))
-    environment = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder / "cache")}
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(folder.with_name(f"cache-{version}"))}
     tests = [str(ROOT / "test" / name) for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "test/pytest.ini"), "--rootdir", str(ROOT), "-q", "-s"]
     result = subprocess.run([*command, *tests, *arguments], env=environment, capture_output=True, text=True)
