@@ -35,8 +35,10 @@ amdhsa.kernels:
     .args:
       - .offset:         0
         .size:           8
+        .value_kind:     global_buffer
       - .offset:         8
         .size:           8
+        .value_kind:     global_buffer
     .name:           snippet
 .end_amdgpu_metadata
 """
@@ -107,6 +109,13 @@ def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < n
     tl.store(out + index, tl.load(x + index, mask=mask) + tl.load(y + index, mask=mask), mask=mask)
+
+
+@triton.jit
+def grid_kernel(out):
+    x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number = x + tl.num_programs(0) * (y + tl.num_programs(1) * z)
+    tl.store(out + number, x + 16 * y + 256 * z)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from torch_mxfp8moe.backends.triton.targets import Target
 
 TARGET = Target("gfx950")
 M32, M64 = 2**32 - 1, 2**64 - 1
+ONES, FOUR_WAVES = np.ones(64, np.uint32), np.arange(256, dtype=np.uint32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -730,6 +731,30 @@ def test_lds():
     np.testing.assert_array_equal(got[15], a)
 
 
+def test_memory_with_no_active_lane():
+    """Nothing happens, whatever the addresses."""
+    body = """
+    v_mov_b32_e32 v10, v1
+    v_mov_b32_e32 v20, -1
+    s_mov_b64 exec, 0
+    global_load_dword v10, v20, s[4:5]
+    s_waitcnt vmcnt(0)
+    ds_write_b128 v20, v[20:23]
+    ds_read_b64 v[10:11], v20
+    s_waitcnt lgkmcnt(0)
+    global_store_short v20, v1, s[6:7]
+    global_atomic_add v10, v20, v1, s[4:5] sc0
+    ds_add_u32 v20, v1
+    s_waitcnt vmcnt(0) lgkmcnt(0)
+    v_add_u32_e32 v10, 5, v10
+    v_cmp_eq_u32_e32 vcc, v1, v1
+    s_mov_b64 exec, -1
+    s_nop 4
+    v_mov_b32_e32 v12, vcc_lo"""
+    kept, condition = execute(body, ONES, outputs=("v10", "v12"), lds=16)
+    assert set(kept) == {1} and set(condition) == {0}
+
+
 @pytest.mark.parametrize("bits", [16, 8])
 def test_transposed_lds_reads(bits):
     """16 lanes read rows of 16 elements each from addresses of their own and get columns."""
@@ -901,6 +926,15 @@ def test_argument_preload_and_its_fallback():
         assert torch.equal(out, x + y)
 
 
+def test_grid():
+    """Workgroup ids of a grid of three dimensions, which is a part of the arguments that Triton adds."""
+    kernel = compile_(kernels.grid_kernel, dict(out="*i32"), {})
+    out = torch.empty(2 * 3 * 5, dtype=torch.int32)
+    run(kernel, dict(out=out), (2, 3, 5), ["out"])
+    want = [x + 16 * y + 256 * z for z in range(5) for y in range(3) for x in range(2)]
+    assert out.tolist() == want
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_softmax(dtype):
     name = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[dtype]
@@ -962,6 +996,18 @@ def test_dot(name, options):
     kernel = compile_(kernels.dot_kernel, pointers, constants, pointers, **options)
     assert any(one.name.startswith("v_mfma") for one in kernel.program.instructions)
     a, b, out = randn(M, K, seed=1, dtype=DOTS[name]), randn(K, N, seed=2, dtype=DOTS[name]), torch.empty(M, N)
+    run(kernel, dict(a=a, b=b, out=out), (1,), ["out"])
+    assert relative_l2(out, a.double() @ b.double()) < 3e-7
+
+
+def test_spills():
+    """A kernel that is given fewer registers than it needs keeps the rest in scratch."""
+    M, N, K = 128, 128, 512
+    pointers = dict(a="*bf16", b="*bf16", out="*fp32")
+    constants = dict(K=K, M=M, N=N, BLOCK_K=64)
+    kernel = compile_(kernels.dot_kernel, pointers, constants, pointers, waves_per_eu=5)
+    assert any(one.name.startswith("scratch_load") for one in kernel.program.instructions)
+    a, b, out = randn(M, K, seed=1).bfloat16(), randn(K, N, seed=2).bfloat16(), torch.empty(M, N)
     run(kernel, dict(a=a, b=b, out=out), (1,), ["out"])
     assert relative_l2(out, a.double() @ b.double()) < 3e-7
 
@@ -1127,10 +1173,6 @@ def test_every_tile_of_the_configuration(rule):
 def fails(match: str, body: str, *inputs: np.ndarray, **options) -> None:
     with pytest.raises(SimulationError, match=match):
         execute(body, *inputs, **options)
-
-
-ONES = np.ones(64, np.uint32)
-FOUR_WAVES = np.arange(256, dtype=np.uint32)
 
 
 def test_bounds():

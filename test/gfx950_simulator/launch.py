@@ -66,6 +66,15 @@ def _extent(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.itemsize
 
 
+def _hidden(kernel: Kernel, grid: tuple[int, int, int]) -> dict[str, int]:
+    """Arguments that the runtime adds, by their kind (LLVM, "Code Object V5 Metadata"), as far as they are known."""
+    values = {"hidden_dynamic_lds_size": kernel.lds_bytes, "hidden_grid_dims": 3}
+    for axis, count, size in zip("xyz", grid, (64 * kernel.warps, 1, 1)):
+        values |= {f"hidden_block_count_{axis}": count, f"hidden_group_size_{axis}": size}
+        values |= {f"hidden_remainder_{axis}": 0, f"hidden_global_offset_{axis}": 0}
+    return values
+
+
 class Device:
     """Simulated device memory that holds the storages of host tensors."""
 
@@ -95,11 +104,8 @@ class Device:
 
         observers: all checks by default. preload: start where hardware starts that puts arguments into SGPRs.
         """
-        segment, granted = self._segment(kernel, arguments)
-        size = -(-len(segment) // 64) * 64  # scalar loads may be wider than what they are for
-        written = np.zeros(size, bool)
-        written[: len(segment)] = True
-        address = self.memory.set_arguments(segment.ljust(size, b"\0"), written)
+        segment, written, granted = self._segment(kernel, arguments, (*grid, 1, 1)[:3])
+        address, size = self.memory.set_arguments(segment, written), len(segment)
         self.memory.grant([*granted, (address, size)])
         machine = Machine(
             kernel.program, self.memory, grid, kernel.warps, kernel.lds_bytes, address,
@@ -110,21 +116,35 @@ class Device:
         total.seconds += time.perf_counter() - start
         total.wave_instructions += machine.executed
 
-    def _segment(self, kernel: Kernel, arguments: dict) -> tuple[bytes, list[tuple[int, int]]]:
+    def _segment(
+        self, kernel: Kernel, arguments: dict, grid: tuple[int, int, int]
+    ) -> tuple[bytes, np.ndarray, list[tuple[int, int]]]:
+        """The argument segment, which of its bytes are defined, and what memory (address, bytes) it points to."""
         code = kernel.program.code
-        segment, granted = bytearray(code.descriptor["kernarg_size"]), []
-        for (name, type_), place in zip(kernel.parameters, code.arguments):
-            value = arguments[name]
-            if type_.startswith("*"):
-                address = self.address(value)
-                granted.append((address, _extent(value)))
+        size = -(-code.descriptor["kernarg_size"] // 64) * 64  # scalar loads may be wider than what they are for
+        segment, written, granted = bytearray(size), np.zeros(size, bool), []
+        hidden = _hidden(kernel, grid)
+        parameters = iter(kernel.parameters)
+        for place in code.arguments:
+            kind = place["value_kind"]
+            name, type_ = (None, None) if kind.startswith("hidden") else next(parameters, (None, None))
+            if kind.startswith("hidden"):
+                if kind not in hidden:
+                    continue
+                content = hidden[kind].to_bytes(place["size"], "little")
+            elif name is None:  # scratch memory that Triton passes to every kernel, and few use
+                content = bytes(place["size"])
+            elif type_.startswith("*"):
+                address = self.address(arguments[name])
+                granted.append((address, _extent(arguments[name])))
                 content = struct.pack("<Q", address)
             else:
-                content = struct.pack("<" + _FORMATS[type_], value)
+                content = struct.pack("<" + _FORMATS[type_], arguments[name])
             if place["size"] != len(content):
                 raise SimulationError(f"{code.name}: argument {name} of type {type_} has {place['size']} bytes")
             segment[place["offset"] : place["offset"] + len(content)] = content
-        return bytes(segment), [(address, size) for address, size in granted if size]
+            written[place["offset"] : place["offset"] + len(content)] = True
+        return bytes(segment), written, [(address, size) for address, size in granted if size]
 
 
 def simulate(

@@ -46,9 +46,13 @@ def scalar(names: str, signature: str, scc: Callable | str | None = None) -> Cal
     return enter
 
 
-def _unsigned_add(a, b):
-    total = np.asarray(a).astype(U64) + b
+def _carried(total):
+    """The low word of a sum, and whether it is all."""
     return total.astype(U32), total > U64(0xFFFFFFFF)
+
+
+def _unsigned_add(a, b):
+    return _carried(np.asarray(a).astype(U64) + b)
 
 
 def _unsigned_subtract(a, b):
@@ -91,7 +95,7 @@ scalar("s_ashr_i32", "i32 = i32, u32", "nonzero")(lambda a, b: a >> (b & U32(31)
 scalar("s_ashr_i64", "i64 = i64, u32", "nonzero")(lambda a, b: a >> (b & U32(63)).astype(I64))
 for _n in (1, 2, 3, 4):
     scalar(f"s_lshl{_n}_add_u32", "u32 = u32, u32", "returned")(
-        lambda a, b, n=_n: _unsigned_add(a << U32(n), b)  # SCC is the carry of the sum; the bits shifted out are lost
+        lambda a, b, n=_n: _carried((np.asarray(a).astype(U64) << U64(n)) + b)
     )
 
 
