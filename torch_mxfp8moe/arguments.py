@@ -5,6 +5,7 @@ with symbolic sizes: conditions on sizes go through ``torch._check_*``, so that 
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,11 +33,62 @@ def _either(options) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
+REMEMBERED = 4096
+"""How many signatures of valid calls are kept."""
+
+_valid: set[tuple] = set()
+"""Signatures (and whether ``out`` is written) of calls whose kind was checked: the next call like them is as valid."""
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """Base of the ops' arguments. ``op`` is the op's name in messages."""
 
     op = "op"
+
+    @cached_property
+    def signature(self) -> tuple | None:
+        """What the call is, but for the values in its tensors and where they lie: equal for calls of the same kind.
+
+        None if an argument is not a plain strided tensor (a fake one, for instance) or cannot be hashed.
+        """
+        facts = [type(self)]
+        for name in self.__match_args__:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+                    return None
+                try:
+                    value = (value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16 == 0)
+                except RuntimeError:  # nested and functional tensors, for instance
+                    return None
+            facts.append(value)
+        signature = tuple(facts)
+        try:
+            hash(signature)
+        except TypeError:
+            return None
+        return signature
+
+    def check(self, writes_out: bool = False):
+        """Raises unless the call is valid; returns it. ``writes_out``: of a call to an op's ``.out`` form."""
+        known = (self.signature, writes_out)
+        if self.signature is None or known not in _valid:
+            self._check_kind(writes_out)
+            if self.signature is not None:
+                if len(_valid) >= REMEMBERED:
+                    _valid.clear()
+                _valid.add(known)
+        self._check_memory()
+        return self
+
+    def _check_kind(self, writes_out: bool) -> None:
+        """Everything that equal signatures have in common."""
+        raise NotImplementedError
+
+    def _check_memory(self) -> None:
+        """The rest: gradients, and outputs that share memory with inputs."""
+        raise NotImplementedError
 
     def _value(self, condition, name: str, got: object, takes: str) -> None:
         torch._check_value(condition, lambda: f"{self.op}: {name} {got}; it takes {takes}")
@@ -109,6 +161,8 @@ class Call:
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
     """First byte of x and first byte after it."""
+    if x.is_contiguous():
+        return x.data_ptr(), x.data_ptr() + x.nbytes
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
@@ -144,14 +198,15 @@ class Quantize(Call):
     def device(self) -> torch.device:
         return self.x.device
 
-    def check(self) -> "Quantize":
+    def _check_kind(self, writes_out: bool) -> None:
         self._dtype("x", self.x, HIGH_PRECISION_DTYPES)
         self._value(self.x.dim() >= 1, "x", "has 0 dimensions", "1 or more, [..., C]")
         self._blocks("x", self.x)
         self._strided("x", self.x)
         self._one_of("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
+
+    def _check_memory(self) -> None:
         self._inference_only(self.x)
-        return self
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -173,7 +228,7 @@ class Dequantize(Call):
     def device(self) -> torch.device:
         return self.data.device
 
-    def check(self) -> "Dequantize":
+    def _check_kind(self, writes_out: bool) -> None:
         self._dtype("data", self.data, (torch.float8_e4m3fn,))
         self._dtype("scale", self.scale, SCALE_DTYPES)
         if self.dtype not in HIGH_PRECISION_DTYPES:
@@ -185,8 +240,9 @@ class Dequantize(Call):
         self._strided("data", self.data)
         self._strided("scale", self.scale)
         self._same_device("data", data=self.data, scale=self.scale)
+
+    def _check_memory(self) -> None:
         self._inference_only(self.data, self.scale)
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +277,7 @@ class Preshuffle(Call):
         """Of the result."""
         return self.arrangement.scale_shape(*self.weight_shape)
 
-    def check(self, writes_out: bool = False) -> "Preshuffle":
-        """``writes_out``: of a call to ``preshuffle.out``."""
+    def _check_kind(self, writes_out: bool) -> None:
         if writes_out and self.out_weight is None and self.out_scale is None:
             raise TypeError(f"{self.op}: out_weight and out_scale are None; they take tensors")
         self._dtype("weight", self.weight, (torch.float8_e4m3fn,))
@@ -257,12 +312,14 @@ class Preshuffle(Call):
             self._contiguous("out_weight", self.out_weight)
             self._contiguous("out_scale", self.out_scale)
             self._same_device("weight", weight=self.weight, out_weight=self.out_weight, out_scale=self.out_scale)
+
+    def _check_memory(self) -> None:
+        if self.out_weight is not None:
             self._not_overlapping("out_weight", self.out_weight, weight=self.weight, scale=self.scale)
             self._not_overlapping(
                 "out_scale", self.out_scale, weight=self.weight, scale=self.scale, out_weight=self.out_weight
             )
         self._inference_only(self.weight, self.scale, self.out_weight, self.out_scale)
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,8 +401,16 @@ class FusedMoe(Call):
         )  # fmt: skip
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
-    def check(self, writes_out: bool = False) -> "FusedMoe":
-        """``writes_out``: of a call to ``fused_moe.out``."""
+    def with_out(self) -> "FusedMoe":
+        """The same call with a new output, if it has none. Its signature stays: the output follows from the rest."""
+        if self.out is not None:
+            return self
+        call = copy(self)
+        out = self.hidden_states.new_empty((self.tokens, self.hidden), dtype=self.result_dtype)
+        object.__setattr__(call, "out", out)
+        return call
+
+    def _check_kind(self, writes_out: bool) -> None:
         if writes_out and self.out is None:
             raise TypeError(f"{self.op}: out is None; it takes a tensor")
         self._check_weights()
@@ -355,8 +420,11 @@ class FusedMoe(Call):
         self._same_device("hidden_states", **self.inputs)
         if self.out is not None:
             self._check_out(self.out)
+
+    def _check_memory(self) -> None:
+        if self.out is not None:
+            self._not_overlapping("out", self.out, **self.inputs)
         self._inference_only(*self.inputs.values(), self.out)
-        return self
 
     def _check_weights(self) -> None:
         self._one_of("layout", self.layout, LAYOUTS)
@@ -447,4 +515,3 @@ class FusedMoe(Call):
         if isinstance(self.tokens, int) and self.tokens > 1:
             got, takes = f"has strides {list(out.stride())}", f"a row stride of {self.hidden} or more"
             self._value(out.stride(0) >= self.hidden, "out", got, takes)
-        self._not_overlapping("out", out, **self.inputs)

@@ -149,8 +149,6 @@ def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def fused_moe(call: FusedMoe) -> torch.Tensor:
     """Writes the output of a checked call, allocated here if it has none."""
-    if call.out is None:
-        out = call.hidden_states.new_empty((call.tokens, call.hidden), dtype=call.result_dtype)
-        call = dataclasses.replace(call, out=out)
+    call = call.with_out()
     select(call).fused_moe(call)
     return call.out

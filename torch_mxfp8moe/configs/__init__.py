@@ -1,7 +1,8 @@
 """Tuned values as data: JSON files, read once, checked when they are read.
 
 ``triton/<arch>.json`` (``sm_90.json``, ``gfx950.json``; ``default.json`` for an architecture that has none) holds the
-tile sizes of the Triton kernels::
+tile sizes of the Triton kernels, and ``triton/<arch>-bf16.json``, if it is there, those for bf16 activations, where
+that is another matrix instruction::
 
     {"tiles": [RULE, ...], "shapes": [{"hidden": H, "intermediate": I, "experts": E, "topk": K, "tiles": [RULE, ...]}]}
 
@@ -20,6 +21,9 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+
+ALIKE = {"sm_103": "sm_100"}
+"""Architectures that take the files of another one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Config:
 
 
 def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high or value & (value - 1):
+    if type(value) is not int or not low <= value <= high or value & (value - 1):
         raise ValueError(f"{where}: {name} is {value!r}; it takes a power of two from {low} to {high}")
     return value
 
@@ -72,7 +76,7 @@ def _gemm(where: str, data: dict) -> Gemm:
         descriptors=data.pop("descriptors", False),
         options=data,
     )
-    if not isinstance(tile.num_stages, int) or not 1 <= tile.num_stages <= 8:
+    if type(tile.num_stages) is not int or not 1 <= tile.num_stages <= 8:
         raise ValueError(f"{where}: num_stages is {tile.num_stages!r}; it takes 1 to 8")
     if not isinstance(tile.descriptors, bool):
         raise ValueError(f"{where}: descriptors is {tile.descriptors!r}; it takes true or false")
@@ -86,7 +90,8 @@ def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
         if set(rule) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
             raise ValueError(f"{here}: has the keys {sorted(rule)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
         rows = rule["rows_per_expert"]
-        if (rows is None) != (i == len(rules) - 1) or (rows is not None and rows <= before):
+        last = i == len(rules) - 1
+        if rows is not None if last else type(rows) not in (int, float) or not rows > before:
             raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
         before = rows or before
         block_m = _power_of_two(here, "block_m", rule["block_m"], 16, 256)
@@ -105,22 +110,26 @@ def parse(where: str, data: dict) -> Config:
         key = tuple(shape.get(name) for name in ("hidden", "intermediate", "experts", "topk"))
         if set(shape) != {"hidden", "intermediate", "experts", "topk", "tiles"} or key in shapes:
             raise ValueError(f"{where}: shape {shape} has other keys than it takes, or is there twice")
+        if any(type(size) is not int or size <= 0 for size in key):
+            raise ValueError(f"{where}: shape {key} takes positive whole numbers")
         shapes[key] = _rules(f"{where}, shape {key}", shape["tiles"])
     return Config(_rules(where, data["tiles"]), shapes)
 
 
 @cache
-def load(arch: str) -> Config:
+def load(arch: str, activation_dtype: str = "mxfp8") -> Config:
     """The Triton kernels' tiles on ``arch``."""
-    path = FOLDER / "triton" / f"{arch}.json"
-    if not path.exists():
-        path = path.with_name("default.json")
+    arch = ALIKE.get(arch, arch)
+    paths = [FOLDER / "triton" / f"{name}.json" for name in (f"{arch}-{activation_dtype}", arch, "default")]
+    path = next(path for path in paths if path.exists())
     return parse(path.name, json.loads(path.read_text()))
 
 
-def choose(arch: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int) -> Tiles:
+def choose(
+    arch: str, activation_dtype: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int
+) -> Tiles:
     """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over."""
-    config = load(arch)
+    config = load(arch, activation_dtype)
     for tiles in config.shapes.get((hidden, intermediate, experts, topk), config.tiles):
         if tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts:
             return tiles

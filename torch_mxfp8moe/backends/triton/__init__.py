@@ -1,8 +1,9 @@
 """Our own Triton kernels: every call, on NVIDIA sm_80 and later, gfx942 and gfx950.
 
 ``routing`` and ``gemm`` hold the kernels of ``fused_moe``, ``fused_moe`` the order in which they are launched,
-``quantize`` and ``preshuffle`` those of the other ops, ``numerics`` the number format, ``targets`` what differs between
-architectures. This module imports Triton only when it is asked for something.
+``quantize`` and ``preshuffle`` those of the other ops, ``numerics`` the number format, ``launch`` how kernels are
+compiled, kept and launched, ``targets`` what differs between architectures. This module imports Triton only when it is
+asked for something.
 """
 
 import importlib.util
@@ -12,6 +13,7 @@ from functools import cache
 import torch
 
 from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from ...formats import as_bytes
 from .. import Backend
 from .targets import INTERPRETED, Target, target_of
 
@@ -20,6 +22,9 @@ MINIMUM = (3, 6)
 
 LARGEST_EXPERT = 2**31
 """Elements of one expert's weight, which a kernel counts with 32 bits."""
+
+PLANS = 4096
+"""How many plans are kept; one serves all calls of the same sizes, dtypes and options."""
 
 _target_of = cache(target_of)
 
@@ -33,6 +38,9 @@ class Triton(Backend):
     name = "triton"
     priority = 50
     description = "bundled Triton kernels for NVIDIA GPUs from sm_80 on, gfx942 and gfx950"
+
+    def __init__(self):
+        self._plans = {}
 
     @cache
     def why_unavailable(self) -> str | None:
@@ -65,35 +73,49 @@ class Triton(Backend):
                 return f"a weight has {largest} elements an expert; it takes fewer than {LARGEST_EXPERT}"
         return None
 
-    def _run(self, call: Call, launches) -> None:
-        from .launch import run
-
-        run(call.op, launches, call.device, self.target(call.device))
+    def _run(self, call: Call, memory: dict[str, torch.Tensor], make, *args) -> None:
+        """Run the plan of ``call``, which ``make(*args)`` makes if there is none yet, on the tensors ``memory``."""
+        key = call.signature
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = make(*args)
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            if key is not None:
+                self._plans[key] = plan
+        plan.run(call.op, memory, call.device, self.target(call.device))
 
     def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
-        from .quantize import quantize
+        from .quantize import quantize, rows
 
-        launches, result = quantize(call)
-        self._run(call, launches)
-        return result
+        data = torch.empty(call.x.shape, dtype=torch.float8_e4m3fn, device=call.device)
+        scale = torch.empty(call.scale_shape, dtype=torch.uint8, device=call.device)
+        if scale.numel():
+            x = rows(call.x)
+            self._run(call, dict(x=x, data=data, scale=scale), quantize, x, call.scale_rounding)
+        return data, scale
 
     def dequantize_1x32(self, call: Dequantize) -> torch.Tensor:
-        from .quantize import dequantize
+        from .quantize import dequantize, rows
 
-        launches, result = dequantize(call)
-        self._run(call, launches)
-        return result
+        out = torch.empty(call.data.shape, dtype=call.dtype, device=call.device)
+        if out.numel():
+            data, scale = rows(call.data), rows(as_bytes(call.scale))
+            self._run(call, dict(data=data, scale=scale, out=out), dequantize, data, scale, call.dtype)
+        return out
 
     def preshuffle(self, call: Preshuffle) -> None:
         from .preshuffle import preshuffle
 
-        self._run(call, preshuffle(call))
+        if call.weight.numel():
+            names = ("weight", "scale", "out_weight", "out_scale")
+            self._run(call, {name: getattr(call, name) for name in names}, preshuffle, call)
 
     def fused_moe(self, call: FusedMoe) -> None:
         from .fused_moe import plan
 
-        for launches in plan(call, self.target(call.device)):
-            self._run(call, launches)
+        if call.tokens:
+            self._run(call, call.inputs | {"out": call.out}, plan, call, self.target(call.device))
 
 
 BACKEND = Triton()

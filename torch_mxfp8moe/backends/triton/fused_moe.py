@@ -5,20 +5,19 @@ import math
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import configs
 from ...arguments import FusedMoe
 from ...configs import Gemm, Tiles
-from ...formats import BLOCK, as_bytes
+from ...formats import BLOCK
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
-from .launch import Launch
+from .launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
 from .targets import Target
 
-WORKSPACE = 1 << 30
+LARGEST_WORKSPACE = 1 << 30
 """Bytes of intermediates, about, beyond which a call takes its tokens in parts."""
 
 FEW_ROUTES = 1024
@@ -47,103 +46,115 @@ class _Part:
         self.scaled = target.scaled and call.activation_dtype == "mxfp8"
         self.tiles_bound = tiles_bound(self.routes, call.experts, tiles.block_m)
         self.weight_on_input = call.apply_router_weight_on_input
+        self.workspace = 0
 
         row_dtype = torch.uint8 if self.scaled else target.operand
         term_dtype = torch.float32 if call.result_dtype is torch.float32 else torch.bfloat16
         shape = (self.routes, call.hidden)
-        # Rows are dead when terms are written: one buffer holds both.
-        shared = self._empty(self.routes * call.hidden * max(row_dtype.itemsize, term_dtype.itemsize), torch.uint8)
-        self.rows, self.terms = (
-            shared[: self.routes * call.hidden * dtype.itemsize].view(dtype).view(shape)
-            for dtype in (row_dtype, term_dtype)
-        )
-        self.inner = self._empty((self.routes, call.intermediate), row_dtype)
+        # Rows are dead when terms are written: one piece of memory holds both.
+        start = self.workspace
+        self.rows = self._scratch(row_dtype, *shape)
+        after_rows, self.workspace = self.workspace, start
+        self.terms = self._scratch(term_dtype, *shape)
+        self.workspace = max(self.workspace, after_rows)
+        self.inner = self._scratch(row_dtype, self.routes, call.intermediate)
         self.rows_scale = self.inner_scale = None
         if self.scaled:
-            self.rows_scale = self._empty((self.routes, call.hidden // BLOCK), torch.uint8)
-            self.inner_scale = self._empty((self.routes, call.intermediate // BLOCK), torch.uint8)
-        self.slots, self.sorted_routes = self._empty((2, self.routes), torch.int32)
-        self.offsets = self._empty(call.experts + 1, torch.int32)
-        self.tile_list = self._empty((self.tiles_bound, 2), torch.int32)
+            self.rows_scale = self._scratch(torch.uint8, self.routes, call.hidden // BLOCK)
+            self.inner_scale = self._scratch(torch.uint8, self.routes, call.intermediate // BLOCK)
+        self.slots = self._scratch(torch.int32, self.routes)
+        self.sorted_routes = self._scratch(torch.int32, self.routes)
+        self.offsets = self._scratch(torch.int32, call.experts + 1)
+        self.tile_list = self._scratch(torch.int32, self.tiles_bound, 2)
 
-    def _empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.call.device)
+    def _scratch(self, dtype: torch.dtype, *shape: int) -> Operand:
+        """The next piece of the workspace."""
+        operand = Operand(WORKSPACE, dtype, shape=shape, offset=self.workspace)
+        self.workspace += -(-operand.bytes // ALIGNMENT) * ALIGNMENT
+        return operand
 
-    def _of(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """This part's tokens of x [T, ...]."""
-        return None if x is None else x[self.first : self.first + self.tokens]
+    def _given(self, name: str, by_token: bool = False, codes: bool = False) -> Operand | None:
+        """A tensor of the call; ``by_token``: this part's tokens of it; ``codes``: as bytes."""
+        tensor = getattr(self.call, name)
+        if tensor is None:
+            return None
+        return Operand(name, torch.uint8 if codes else tensor.dtype, (self.first, self.tokens) if by_token else None)
 
     def launches(self) -> list[Launch]:
-        call = self.call
         return [
             self._route(),
             self._dispatch(),
-            self._gemm(self.tiles.gemm1, self.rows, self.rows_scale, call.w1, call.w1_scale, call.w1_bias, True),
-            self._gemm(self.tiles.gemm2, self.inner, self.inner_scale, call.w2, call.w2_scale, call.w2_bias, False),
+            self._gemm(self.tiles.gemm1, self.rows, self.rows_scale, "w1", True),
+            self._gemm(self.tiles.gemm2, self.inner, self.inner_scale, "w2", False),
             self._combine(),
         ]
 
     def _route(self) -> Launch:
         call = self.call
-        ids = self._of(call.topk_ids)
         return Launch(
             route_kernel,
             (call.experts,),
             dict(
-                topk_ids=ids, expert_map=call.expert_map, num_tokens=call.num_tokens, slots=self.slots,
-                routes=self.sorted_routes, offsets=self.offsets, routes_total=self.routes, ids_stride=ids.stride(0),
-                first_token=self.first, known=call.global_experts,
-                EXPERTS=call.experts, TOPK=call.topk, N=FEW_ROUTES if self.routes <= FEW_ROUTES else ROUTES_PER_STEP,
+                topk_ids=self._given("topk_ids", by_token=True), expert_map=self._given("expert_map"),
+                num_tokens=self._given("num_tokens"), slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
+                routes_total=self.routes, ids_stride=call.topk_ids.stride(0), first_token=self.first,
+                known=call.global_experts, EXPERTS=call.experts, TOPK=call.topk,
+                N=FEW_ROUTES if self.routes <= FEW_ROUTES else ROUTES_PER_STEP,
             ),
             dict(num_warps=8),
         )  # fmt: skip
 
     def _dispatch(self) -> Launch:
-        call = self.call
-        x, x_scale = self._of(call.hidden_states), self._of(call.hidden_states_scale)
-        if x_scale is not None:
-            x, x_scale = x.view(torch.uint8), as_bytes(x_scale)
+        call, scale = self.call, self.call.hidden_states_scale
         parts = triton.cdiv(call.hidden // BLOCK, BLOCKS_PER_PROGRAM)
         return Launch(
             dispatch_kernel,
             (call.experts + self.tokens * parts,),
             dict(
-                x=x, x_scale=x_scale, slots=self.slots, offsets=self.offsets, rows=self.rows,
-                rows_scale=self.rows_scale, tiles=self.tile_list, x_stride=x.stride(0),
-                x_scale_stride=0 if x_scale is None else x_scale.stride(0), tiles_bound=self.tiles_bound, H=call.hidden,
-                EXPERTS=call.experts, EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK=call.topk,
+                x=self._given("hidden_states", by_token=True, codes=scale is not None),
+                x_scale=self._given("hidden_states_scale", by_token=True, codes=True),
+                slots=self.slots, offsets=self.offsets, rows=self.rows, rows_scale=self.rows_scale,
+                tiles=self.tile_list, x_stride=call.hidden_states.stride(0),
+                x_scale_stride=0 if scale is None else scale.stride(0), tiles_bound=self.tiles_bound,
+                H=call.hidden, EXPERTS=call.experts, EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK=call.topk,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", N=BLOCKS_PER_PROGRAM,
             ),
         )  # fmt: skip
 
-    def _gemm(self, tile: Gemm, x, x_scale, w, w_scale, bias, gate_up: bool) -> Launch:
+    def _gemm(self, tile: Gemm, x: Operand, x_scale: Operand | None, name: str, gate_up: bool) -> Launch:
         call, layout = self.call, LAYOUTS[self.call.layout]
-        experts, rows, columns = w.shape
-        n = rows // 2 if gate_up else rows
+        weight = getattr(call, name)
+        experts, rows, columns = weight.shape
+        halves = 2 if gate_up else 1
+        n = rows // halves
         block_k = min(tile.block_k, triton.next_power_of_2(columns))
         out, out_scale = (self.inner, self.inner_scale) if gate_up else (self.terms, None)
-        w = w.view(torch.uint8)
+        w = self._given(name, codes=True)
         descriptors = tile.descriptors and self.target.descriptors and call.layout == "row_major" and not self.scaled
-        descriptors = descriptors and w.data_ptr() % 16 == 0
+        descriptors = descriptors and weight.data_ptr() % 16 == 0
         if descriptors:
-            x_operand = TensorDescriptor(x, list(x.shape), list(x.stride()), [self.tiles.block_m, block_k])
-            w_operand = TensorDescriptor(w, [experts * rows, columns], [columns, 1], [tile.block_n, block_k])
-        else:
-            x_operand, w_operand = x, w
-        weights = self._of(call.topk_weights) if gate_up and self.weight_on_input else None
+            x = Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, block_k))
+            w = Descriptor(
+                w, (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
+                (1, halves, tile.block_n, block_k),
+            )  # fmt: skip
+        weighted = gate_up and self.weight_on_input
         limit = math.inf if call.swiglu_limit is None else _fp32(call.swiglu_limit)
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
         return Launch(
             grouped_gemm_kernel,
             (self.tiles_bound * triton.cdiv(n, tile.block_n),),
             dict(
-                x=x_operand, x_scale=x_scale, w=w_operand, w_scale=as_bytes(w_scale), bias=bias, out=out,
-                out_scale=out_scale, tiles=self.tile_list, offsets=self.offsets, routes=self.sorted_routes,
-                topk_weights=weights, weights_stride=0 if weights is None else weights.stride(0),
+                x=x, x_scale=x_scale, w=w, w_scale=self._given(f"{name}_scale", codes=True),
+                bias=self._given(f"{name}_bias"), out=out, out_scale=out_scale, tiles=self.tile_list,
+                offsets=self.offsets, routes=self.sorted_routes,
+                topk_weights=self._given("topk_weights", by_token=True) if weighted else None,
+                weights_stride=call.topk_weights.stride(0) if weighted else 0,
                 alpha=_fp32(call.swiglu_alpha), beta=_fp32(call.swiglu_beta), limit=limit, K=columns, N=n,
                 **order("", layout.weight[gate_up], (experts, rows, columns)),
                 **order("SCALE_", layout.scale[gate_up], scale_shape),
-                GATE_UP=gate_up, MXFP8=call.activation_dtype == "mxfp8", LIMITED=math.isfinite(limit),
+                GATE_UP=gate_up, MXFP8=gate_up and call.activation_dtype == "mxfp8",
+                LIMITED=gate_up and math.isfinite(limit),
                 SCALED=self.scaled, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
                 DESCRIPTORS=descriptors,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k,
@@ -152,30 +163,31 @@ class _Part:
         )  # fmt: skip
 
     def _combine(self) -> Launch:
-        call, out, weights = self.call, self._of(self.call.out), self._of(self.call.topk_weights)
+        call = self.call
         return Launch(
             combine_kernel,
             (self.tokens * triton.cdiv(call.hidden, COLUMNS_PER_PROGRAM),),
             dict(
-                terms=self.terms, slots=self.slots, topk_weights=weights, out=out, weights_stride=weights.stride(0),
-                out_stride=out.stride(0), H=call.hidden, TOPK=call.topk, WEIGHTED=not self.weight_on_input,
+                terms=self.terms, slots=self.slots, topk_weights=self._given("topk_weights", by_token=True),
+                out=self._given("out", by_token=True), weights_stride=call.topk_weights.stride(0),
+                out_stride=call.out.stride(0), H=call.hidden, TOPK=call.topk, WEIGHTED=not self.weight_on_input,
                 N=COLUMNS_PER_PROGRAM,
             ),
         )  # fmt: skip
 
 
-def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None):
-    """Yields, for each part of the tokens of ``call``, the launches that compute it, in order."""
-    if call.tokens == 0:
-        return
+def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
+    """What computes ``call`` and all calls of the same signature; ``tiles`` instead of the configured ones."""
     if tiles is None:
         tiles = configs.choose(
-            target.arch, tokens=call.tokens, hidden=call.hidden, intermediate=call.intermediate,
-            experts=max(call.experts, call.global_experts),
-            topk=call.topk,
+            target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,
+            intermediate=call.intermediate, experts=max(call.experts, call.global_experts), topk=call.topk,
         )  # fmt: skip
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)
-    step = max(1, WORKSPACE // token_bytes)
-    for first in range(0, call.tokens, step):
-        yield _Part(call, target, tiles, first, min(step, call.tokens - first)).launches()
+    step = max(1, LARGEST_WORKSPACE // token_bytes)
+    parts = [
+        _Part(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)
+    ]
+    launches = [launch for part in parts for launch in part.launches()]
+    return Plan(launches, max((part.workspace for part in parts), default=0))

@@ -5,7 +5,8 @@ larger side lies along its rows, however few tokens there are) and never leaves 
 between architectures is one strategy:
 
 - ``upcast``: weights become bf16 in registers, activations are bf16 in memory, a 16-bit matrix unit multiplies. Every
-  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (down to 2^-133).
+  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (activations all of
+  them, being held times ``HELD_TIMES``; weights those that are multiples of 2^-130, all with scale bytes from 6 on).
 - ``scaled``: both operands stay codes and scale bytes, and the matrix unit takes them as they are (gfx950, sm_100).
 """
 
@@ -13,29 +14,29 @@ import triton
 import triton.language as tl
 
 from .memory import offset
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
 
 
 @triton.jit
 def _upcast(codes, byte, dtype: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values [N, K] in ``dtype``."""
+    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values, divided by HELD_TIMES, [N, K] in ``dtype``."""
     if NATIVE_E4M3:
         value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         value = decode(codes.to(tl.int32))
     blocks = tl.reshape(value, (codes.shape[0], codes.shape[1] // BLOCK, BLOCK))
-    blocks *= factor(byte.to(tl.int32))[:, :, None]
+    blocks *= (factor(byte.to(tl.int32)) * (1.0 / HELD_TIMES))[:, :, None]
     return tl.reshape(blocks, codes.shape).to(dtype)
 
 
 @triton.jit
 def _weight_tile(
-    w, row, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    w, expert, n, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr,
+    ROWS_TILE: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Codes [BLOCK_N, BLOCK_K] uint8 from column k on; ``row``: first row, for a descriptor."""
+    """Codes [ROWS_TILE, BLOCK_K] uint8 from column k on; expert and n for a descriptor, row_offset for a pointer."""
     if DESCRIPTOR:
-        codes = w.load([row, k])
+        codes = tl.reshape(w.load([expert, 0, n, k]), (ROWS_TILE, BLOCK_K))
     else:
         column = k + tl.arange(0, BLOCK_K)
         pointers = w + (row_offset[:, None] + offset(column, COLUMNS, COLUMN_DIGITS)[None, :])
@@ -86,9 +87,10 @@ def grouped_gemm_kernel(
 ):  # fmt: skip
     """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
 
-    x [R, K] bf16, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout (ROWS, COLUMNS, ...
-    say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up, rounded to MXFP8 or
-    bf16; the routing weight multiplies gate and up if ``topk_weights`` is there. Otherwise the product itself.
+    x [R, K] bf16, times HELD_TIMES, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout
+    (ROWS, COLUMNS, ... say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up,
+    rounded to MXFP8 or bf16 and held as x is; the routing weight multiplies gate and up if ``topk_weights`` is there.
+    Otherwise the product itself.
     """
     pid = tl.program_id(0)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -99,80 +101,62 @@ def grouped_gemm_kernel(
         end = tl.load(offsets + expert + 1)
         n = pid % column_tiles * BLOCK_N
         halves: tl.constexpr = 2 if GATE_UP else 1
+        rows: tl.constexpr = halves * BLOCK_N
 
-        column = n + tl.arange(0, BLOCK_N)
-        n_safe = column if N % BLOCK_N == 0 else tl.where(column < N, column, 0)
+        # Rows of the weight in this tile: BLOCK_N from each half.
+        in_half = n + tl.arange(0, rows) % BLOCK_N
+        weight_row = tl.arange(0, rows) // BLOCK_N * N + tl.where(in_half < N, in_half, 0)
+        w_row = offset(weight_row, ROWS, ROW_DIGITS)
+        s_row = offset(weight_row, SCALE_ROWS, SCALE_ROW_DIGITS)
+        scales = w_scale + expert.to(tl.int64) * SCALE_EXPERT_STRIDE
+        weights = w if DESCRIPTORS else w + expert.to(tl.int64) * EXPERT_STRIDE
         slot = first + tl.arange(0, BLOCK_M)
-        scale_base = w_scale + expert.to(tl.int64) * SCALE_EXPERT_STRIDE
-        w_row = offset(n_safe, ROWS, ROW_DIGITS)
-        s_row = offset(n_safe, SCALE_ROWS, SCALE_ROW_DIGITS)
-        if GATE_UP:
-            w_row_up = offset(N + n_safe, ROWS, ROW_DIGITS)
-            s_row_up = offset(N + n_safe, SCALE_ROWS, SCALE_ROW_DIGITS)
-        row = (expert * halves * N + n).to(tl.int32)
-        if DESCRIPTORS:
-            w_base = w
-        else:
-            w_base = w + expert.to(tl.int64) * EXPERT_STRIDE
-            x_row = tl.where(slot < end, slot, first).to(tl.int64) * K
-        if SCALED:
-            x_scale_row = tl.where(slot < end, slot, first).to(tl.int64) * (K // BLOCK)
+        safe_slot = tl.where(slot < end, slot, first).to(tl.int64)
 
-        gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        byte = _scale_tile(scale_base, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
-        if GATE_UP:
-            byte_up = _scale_tile(scale_base, s_row_up, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+        total = tl.zeros([rows, BLOCK_M], tl.float32)
+        if not SCALED:
+            byte = _scale_tile(scales, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
         for k in tl.range(0, K, BLOCK_K):
-            # Small loads that the compiler does not pipeline: those of the next trip are under way during this one.
-            byte_next = _scale_tile(scale_base, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
-            if GATE_UP:
-                byte_up_next = _scale_tile(
-                    scale_base, s_row_up, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K
-                )
+            if SCALED:  # Pipelined by the compiler; carried from trip to trip, they crash Triton 3.6 and 3.7 on sm_100.
+                byte = _scale_tile(scales, s_row, k, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+            else:  # Small loads that the compiler does not pipeline: the next trip's are under way during this one.
+                byte_next = _scale_tile(scales, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
             k_index = k + tl.arange(0, BLOCK_K)
             if DESCRIPTORS:
                 x_tile = x.load([first, k]).T
-            elif K % BLOCK_K:
-                x_tile = tl.load(x + (x_row[None, :] + k_index[:, None]), mask=(k_index < K)[:, None], other=0)
             else:
-                x_tile = tl.load(x + (x_row[None, :] + k_index[:, None]))
+                x_tile = tl.load(
+                    x + (safe_slot[None, :] * K + k_index[:, None]),
+                    mask=(k_index < K)[:, None] if K % BLOCK_K else None, other=0 if K % BLOCK_K else None,
+                )  # fmt: skip
             if SCALED:
                 block = k // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
                 x_byte = tl.load(
-                    x_scale + (x_scale_row[:, None] + block[None, :]), mask=(block < K // BLOCK)[None, :], other=0
-                )
+                    x_scale + (safe_slot[:, None] * (K // BLOCK) + block[None, :]),
+                    mask=(block < K // BLOCK)[None, :], other=0,
+                )  # fmt: skip
             else:
                 x_byte = 0
-            codes = _weight_tile(w_base, row, w_row, k, K, COLUMNS, COLUMN_DIGITS, BLOCK_N, BLOCK_K, DESCRIPTORS)
-            gate = _multiply(codes, byte, x_tile, x_byte, gate, SCALED, NATIVE_E4M3, WGMMA)
-            if GATE_UP:
-                codes = _weight_tile(
-                    w_base, row + N, w_row_up, k, K, COLUMNS, COLUMN_DIGITS, BLOCK_N, BLOCK_K, DESCRIPTORS
-                )
-                up = _multiply(codes, byte_up, x_tile, x_byte, up, SCALED, NATIVE_E4M3, WGMMA)
-
-            byte = byte_next
-            if GATE_UP:
-                byte_up = byte_up_next
+            codes = _weight_tile(weights, expert, n, w_row, k, K, COLUMNS, COLUMN_DIGITS, rows, BLOCK_K, DESCRIPTORS)
+            total = _multiply(codes, byte, x_tile, x_byte, total, SCALED, NATIVE_E4M3, WGMMA)
+            if not SCALED:
+                byte = byte_next
 
         if bias is not None:
-            bias_row = bias + expert.to(tl.int64) * (halves * N) + n_safe
-            gate += tl.load(bias_row).to(tl.float32)[:, None]
-            if GATE_UP:
-                up += tl.load(bias_row + N).to(tl.float32)[:, None]
+            total += tl.load(bias + expert.to(tl.int64) * (halves * N) + weight_row).to(tl.float32)[:, None]
+        if topk_weights is not None:
+            route = tl.load(routes + slot, mask=slot < end, other=0).to(tl.int64)
+            weight = tl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(tl.float32)
+            total *= weight[None, :]
         if GATE_UP:
-            if topk_weights is not None:
-                route = tl.load(routes + slot, mask=slot < end, other=0).to(tl.int64)
-                weight = tl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(tl.float32)
-                gate *= weight[None, :]
-                up *= weight[None, :]
+            gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
             if LIMITED:  # comparisons that keep NaN
                 gate = tl.where(gate > limit, limit, gate)
                 up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-            gate = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
+            total = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
 
-        result = tl.trans(gate)
+        column = n + tl.arange(0, BLOCK_N)
+        result = tl.trans(total)
         pointers = slot.to(tl.int64)[:, None] * N + column[None, :]
         within = (slot < end)[:, None] & (column < N)[None, :]
         if GATE_UP and MXFP8:
@@ -188,7 +172,7 @@ def grouped_gemm_kernel(
                 )
                 result = tl.reshape(code, (BLOCK_M, BLOCK_N))
             else:
-                result = tl.reshape(decode(code) * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
+                result = tl.reshape(decode(code) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
         elif GATE_UP:
-            result = result.to(tl.bfloat16)
-        tl.store(out + pointers, result.to(out.dtype.element_ty), mask=within)
+            result = cast(cast(result, tl.bfloat16), tl.float32) * HELD_TIMES
+        tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)

@@ -1,9 +1,15 @@
-"""A kernel launch as data: compiled before anything runs, for the GPU here or offline for one that is not there."""
+"""Kernel launches as data: built from what a call's sizes and dtypes are, compiled before anything runs, kept.
+
+A :class:`Plan` is what serves all calls that differ in memory and values only (``Call.signature``). It is bound to
+tensors for Triton's interpreter and for compiling without a GPU; on a GPU it holds compiled kernels and hands them
+addresses, which costs the host a few microseconds a launch instead of Triton's own way of finding the kernel again.
+"""
 
 import threading
-from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -14,6 +20,66 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .targets import INTERPRETED, Target
 
+WORKSPACE = "workspace"
+ALIGNMENT = 256
+"""Of the pieces of a workspace, in bytes; that of PyTorch's allocations is at least this."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Memory that a kernel is given."""
+
+    source: str
+    """The name of the call's tensor, or ``WORKSPACE``."""
+    dtype: torch.dtype
+    """What its elements are taken as."""
+    rows: tuple[int, int] | None = None
+    """First row and number of rows of the tensor; None: all."""
+    shape: tuple[int, ...] = ()
+    """Of a piece of the workspace."""
+    offset: int = 0
+    """Of a piece of the workspace, in bytes."""
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def tensor(self, memory: dict[str, torch.Tensor]) -> torch.Tensor:
+        base = memory[self.source]
+        if self.source == WORKSPACE:
+            return base[self.offset : self.offset + self.bytes].view(self.dtype).view(self.shape)
+        base = base.view(self.dtype)
+        return base if self.rows is None else base[self.rows[0] : sum(self.rows)]
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A tensor descriptor (TMA) of an operand."""
+
+    operand: Operand
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+    def of(self, base) -> TensorDescriptor:
+        """``base``: a tensor, or an :class:`_Address`."""
+        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
+
+    def tensor(self, memory: dict[str, torch.Tensor]) -> TensorDescriptor:
+        return self.of(self.operand.tensor(memory))
+
+
+class _Address:
+    """As much of a tensor as a descriptor is made from."""
+
+    __slots__ = ("address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype):
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
 
 @dataclass(frozen=True, eq=False)
 class Launch:
@@ -22,55 +88,113 @@ class Launch:
     kernel: JITFunction
     grid: tuple[int, ...]
     arguments: dict
-    """By parameter name: tensors, tensor descriptors, numbers and constants."""
+    """By parameter name: operands and descriptors (or, bound, tensors), numbers and constants."""
     options: dict = field(default_factory=dict)
     """Compiler options: num_warps, num_stages, ..."""
 
+    def bound(self, memory: dict[str, torch.Tensor]) -> "Launch":
+        """The same on tensors."""
+        arguments = {
+            name: value.tensor(memory) if isinstance(value, (Operand, Descriptor)) else value
+            for name, value in self.arguments.items()
+        }
+        return replace(self, arguments=arguments)
+
     def run(self) -> None:
+        """Launch it the way Triton does, once bound."""
         self.kernel[self.grid](**self.arguments, **self.options)
 
     def compiled(self) -> CompiledKernel:
-        """The kernel that :meth:`run` will launch, compiled if it has not been."""
+        """The machine code, compiled if it has not been; of a bound launch."""
         kernel = self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
         return kernel.result() if hasattr(kernel, "result") else kernel
 
 
-_compiled: set[tuple] = set()
-"""What is known to compile and load: see :func:`run`."""
+class _Ready:
+    """A launch whose kernel is compiled and loaded, waiting for addresses."""
+
+    def __init__(self, launch: Launch, kernel: CompiledKernel, memory: dict[str, torch.Tensor]):
+        self.kernel, self.grid = kernel, (*launch.grid, 1, 1)[:3]
+        self.arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
+        self.slots = []
+        for i, argument in enumerate(self.arguments):
+            if isinstance(argument, (Operand, Descriptor)):
+                descriptor = argument if isinstance(argument, Descriptor) else None
+                operand = descriptor.operand if descriptor else argument
+                offset = operand.tensor(memory).data_ptr() - memory[operand.source].data_ptr()
+                self.slots.append((i, operand.source, offset, descriptor))
+        self.descriptors = {}
+
+    def _descriptor(self, i: int, descriptor: Descriptor, address: int) -> TensorDescriptor:
+        """Argument i; the last one made for it, if that was for the same address."""
+        known = self.descriptors.get(i)
+        if known is None or known.base.address != address:
+            known = self.descriptors[i] = descriptor.of(_Address(address, descriptor.operand.dtype))
+        return known
+
+    def run(self, addresses: dict[str, int], stream: int) -> None:
+        arguments = self.arguments.copy()
+        for i, source, offset, descriptor in self.slots:
+            address = addresses[source] + offset
+            arguments[i] = address if descriptor is None else self._descriptor(i, descriptor, address)
+        self.kernel[self.grid](*arguments, stream=stream)
 
 
-def _key(launch: Launch, device: torch.device) -> tuple:
-    """Equal for launches that run the same machine code; constants have names in capitals."""
-    facts = []
-    for name, value in launch.arguments.items():
-        if isinstance(value, TensorDescriptor):
-            facts.append((value.base.dtype, *value.block_shape))
-        elif isinstance(value, torch.Tensor):
-            facts.append((value.dtype, value.data_ptr() % 16 == 0))
-        elif value is None or name.isupper():
-            facts.append(value)
-    return launch.kernel, device, *facts, *launch.options.items()
+class Plan:
+    """The launches of a call, in order, and the memory that they need beside the call's tensors."""
 
+    def __init__(self, launches: Sequence[Launch], workspace: int = 0):
+        self.launches = launches
+        self.workspace = workspace
+        """Bytes."""
+        self._ready = None
 
-def run(op: str, launches: list[Launch], device: torch.device, target: Target) -> None:
-    """Launch all of ``launches`` on ``device``, or, if one of them cannot be compiled or loaded, none.
+    def _with_workspace(self, memory: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        if not self.workspace:
+            return memory
+        return memory | {WORKSPACE: torch.empty(self.workspace, dtype=torch.uint8, device=device)}
 
-    Raises NotImplementedError, which names ``op``, the kernel and what the compiler said.
-    """
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for launch in launches:
-            key = _key(launch, device)
-            if key not in _compiled and target is not INTERPRETED:
-                try:
-                    launch.compiled().run  # which loads it
-                except Exception as error:
-                    raise NotImplementedError(
-                        f"{op}: backend 'triton' cannot compile {launch.kernel.__name__} for {target.arch} with "
-                        f"{launch.options}: {type(error).__name__}: {error}"
-                    ) from error
-                _compiled.add(key)
-        for launch in launches:
-            launch.run()
+    def bind(self, memory: dict[str, torch.Tensor], device: torch.device) -> list[Launch]:
+        """The launches on the tensors ``memory`` and a new workspace."""
+        memory = self._with_workspace(memory, device)
+        return [launch.bound(memory) for launch in self.launches]
+
+    def _prepare(self, op: str, memory: dict[str, torch.Tensor], target: Target) -> list[_Ready]:
+        ready = []
+        for launch in self.launches:
+            try:
+                kernel = launch.bound(memory).compiled()
+                kernel.run  # which loads it
+            except Exception as error:
+                raise NotImplementedError(
+                    f"{op}: backend 'triton' cannot compile {launch.kernel.__name__} for {target.arch} with "
+                    f"{launch.options}: {type(error).__name__}: {error}"
+                ) from error
+            ready.append(_Ready(launch, kernel, memory))
+        return ready
+
+    def run(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
+        """Launch all on the tensors ``memory`` of ``device``, or, if one cannot be compiled or loaded, none.
+
+        Raises NotImplementedError, which names ``op``, the kernel and what the compiler said.
+        """
+        if target is INTERPRETED:
+            for launch in self.bind(memory, device):
+                launch.run()
+        elif device.index == torch.cuda.current_device():
+            self._run(op, memory, device, target)
+        else:
+            with torch.cuda.device(device):
+                self._run(op, memory, device, target)
+
+    def _run(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
+        memory = self._with_workspace(memory, device)
+        if self._ready is None:
+            self._ready = self._prepare(op, memory, target)
+        addresses = {name: x.data_ptr() for name, x in memory.items()}
+        stream = driver.active.get_current_stream(device.index)
+        for launch in self._ready:
+            launch.run(addresses, stream)
 
 
 class _OfflineDriver:
@@ -92,18 +216,24 @@ class _OfflineDriver:
 _offline = threading.Lock()
 
 
-def compile_offline(launches: Iterable[Launch], target: Target) -> list[CompiledKernel]:
-    """Each of ``launches`` as machine code for ``target``; needs no GPU, and the tensors may be on ``meta``."""
+@contextmanager
+def offline(target: Target):
+    """Triton compiles for ``target``, with no GPU. Meanwhile nothing else of this process may launch a kernel, since
+    Triton knows one driver at a time."""
     if target.capability:
         gpu = GPUTarget("cuda", target.capability, 32)
     else:
         gpu = GPUTarget("hip", target.arch, 64)
     with _offline:
+        before = driver._active  # None if nobody needed a driver yet; reset_active() would look for a GPU
         driver.set_active(_OfflineDriver(gpu))
         try:
-            return [launch.compiled() for launch in launches]
+            yield
         finally:
-            try:
-                driver.reset_active()
-            except RuntimeError:  # there is no GPU here; the next who needs one is told so
-                driver.set_active(None)
+            driver.set_active(before)
+
+
+def compile_offline(launches: Iterable[Launch], target: Target) -> list[CompiledKernel]:
+    """Each of ``launches``, bound, as machine code for ``target``; needs no GPU, and tensors may be on ``meta``."""
+    with offline(target):
+        return [launch.compiled() for launch in launches]

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ...arguments import Preshuffle
 from ...formats import SCALE_ONE
-from .launch import Launch
+from .launch import Launch, Operand, Plan
 from .memory import offset, order
 
 ROWS_PER_PROGRAM = 32
@@ -40,24 +40,23 @@ def preshuffle_kernel(
     tl.store(out + expert * EXPERT_STRIDE + to, data, mask=mask)
 
 
-def preshuffle(call: Preshuffle) -> list[Launch]:
-    """What writes ``call.out_weight`` and ``call.out_scale``."""
+def preshuffle(call: Preshuffle) -> Plan:
+    """What writes ``call.out_weight`` and ``call.out_scale`` of a call with experts."""
     layout, (experts, rows, columns) = call.arrangement, call.weight_shape
     scale_shape = (experts, rows, layout.padded_scale_columns(columns))
     parts = (
-        (call.weight, call.out_weight, layout.weight[call.gate_up], call.weight_shape, 0),
-        (call.scale, call.out_scale, layout.scale[call.gate_up], scale_shape, SCALE_ONE),
+        ("weight", layout.weight[call.gate_up], call.weight_shape, 0),
+        ("scale", layout.scale[call.gate_up], scale_shape, SCALE_ONE),
     )
     launches = []
-    for source, out, permutation, shape, fill in parts:
-        if experts == 0:
-            continue
+    for name, permutation, shape, fill in parts:
+        source = getattr(call, name).shape
         block_c = min(COLUMNS_PER_PROGRAM, triton.next_power_of_2(shape[2]))
         tiles = triton.cdiv(shape[1], ROWS_PER_PROGRAM) * triton.cdiv(shape[2], block_c)
         arguments = dict(
-            source=source.view(torch.uint8), out=out.view(torch.uint8), FILL=fill, GATE_UP=call.gate_up,
-            SOURCE_ROWS=source.shape[1], SOURCE_COLUMNS=source.shape[2], OUT_ROWS=shape[1], OUT_COLUMNS=shape[2],
+            source=Operand(name, torch.uint8), out=Operand(f"out_{name}", torch.uint8), FILL=fill, GATE_UP=call.gate_up,
+            SOURCE_ROWS=source[1], SOURCE_COLUMNS=source[2], OUT_ROWS=shape[1], OUT_COLUMNS=shape[2],
             **order("", permutation, shape), BLOCK_R=ROWS_PER_PROGRAM, BLOCK_C=block_c,
         )  # fmt: skip
         launches.append(Launch(preshuffle_kernel, (experts * tiles,), arguments))
-    return launches
+    return Plan(launches)

@@ -4,10 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...arguments import Dequantize, Quantize
-from ...formats import as_bytes
-from .launch import Launch
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .launch import Launch, Operand, Plan
+from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byte
 
 BLOCKS_PER_PROGRAM = 64
 
@@ -21,7 +19,7 @@ def quantize_kernel(
     within = block < blocks
     column = tl.arange(0, BLOCK)
     start = block // row_blocks * row_stride + block % row_blocks * BLOCK
-    values = tl.load(x + start[:, None] + column[None, :], mask=within[:, None], other=0.0).to(tl.float32)
+    values = cast(tl.load(x + start[:, None] + column[None, :], mask=within[:, None], other=0.0), tl.float32)
     byte = scale_byte(block_amax(values), ROUNDING)
     code = encode(values, byte[:, None])
     tl.store(data + block[:, None] * BLOCK + column[None, :], code.to(tl.uint8), mask=within[:, None])
@@ -41,44 +39,31 @@ def dequantize_kernel(
     code = tl.load(data + start[:, None] + column[None, :], mask=within[:, None], other=0).to(tl.int32)
     byte = tl.load(scale + row * scale_stride + first, mask=within, other=0).to(tl.int32)
     value = decode(code) * factor(byte)[:, None]
-    tl.store(out + block[:, None] * BLOCK + column[None, :], value.to(out.dtype.element_ty), mask=within[:, None])
+    tl.store(out + block[:, None] * BLOCK + column[None, :], cast(value, out.dtype.element_ty), mask=within[:, None])
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows(x: torch.Tensor) -> torch.Tensor:
     """x [..., C] as rows that one stride describes: a view, or a copy of a tensor that no single stride describes."""
     return x.reshape(-1, x.shape[-1])
 
 
-def quantize(call: Quantize) -> tuple[list[Launch], tuple[torch.Tensor, torch.Tensor]]:
-    """What computes a call, and its outputs: data [..., C] e4m3fn, scale [..., C/32] uint8."""
-    data = torch.empty(call.x.shape, dtype=torch.float8_e4m3fn, device=call.device)
-    scale = torch.empty(call.scale_shape, dtype=torch.uint8, device=call.device)
-    if scale.numel() == 0:
-        return [], (data, scale)
-    x = _rows(call.x)
-    launch = Launch(
-        quantize_kernel,
-        (triton.cdiv(scale.numel(), BLOCKS_PER_PROGRAM),),
-        dict(
-            x=x, data=data.view(torch.uint8), scale=scale, blocks=scale.numel(), row_blocks=x.shape[1] // BLOCK.value,
-            row_stride=x.stride(0), ROUNDING=call.scale_rounding, N=BLOCKS_PER_PROGRAM,
-        ),
+def quantize(x: torch.Tensor, scale_rounding: str) -> Plan:
+    """x [R, C] with blocks -> data [R, C], scale [R, C/32]."""
+    row_blocks = x.shape[1] // BLOCK.value
+    blocks = x.shape[0] * row_blocks
+    arguments = dict(
+        x=Operand("x", x.dtype), data=Operand("data", torch.uint8), scale=Operand("scale", torch.uint8), blocks=blocks,
+        row_blocks=row_blocks, row_stride=x.stride(0), ROUNDING=scale_rounding, N=BLOCKS_PER_PROGRAM,
     )  # fmt: skip
-    return [launch], (data, scale)
+    return Plan([Launch(quantize_kernel, (triton.cdiv(blocks, BLOCKS_PER_PROGRAM),), arguments)])
 
 
-def dequantize(call: Dequantize) -> tuple[list[Launch], torch.Tensor]:
-    """What computes a call, and its output [..., C]."""
-    out = torch.empty(call.data.shape, dtype=call.dtype, device=call.device)
-    if out.numel() == 0:
-        return [], out
-    data, scale = _rows(call.data.view(torch.uint8)), _rows(as_bytes(call.scale))
-    launch = Launch(
-        dequantize_kernel,
-        (triton.cdiv(scale.numel(), BLOCKS_PER_PROGRAM),),
-        dict(
-            data=data, scale=scale, out=out, blocks=scale.numel(), row_blocks=scale.shape[1],
-            data_stride=data.stride(0), scale_stride=scale.stride(0), N=BLOCKS_PER_PROGRAM,
-        ),
+def dequantize(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Plan:
+    """data [R, C], scale [R, C/32] with blocks -> out [R, C] ``dtype``."""
+    blocks = scale.numel()
+    arguments = dict(
+        data=Operand("data", torch.uint8), scale=Operand("scale", torch.uint8), out=Operand("out", dtype),
+        blocks=blocks, row_blocks=scale.shape[1], data_stride=data.stride(0), scale_stride=scale.stride(0),
+        N=BLOCKS_PER_PROGRAM,
     )  # fmt: skip
-    return [launch], out
+    return Plan([Launch(dequantize_kernel, (triton.cdiv(blocks, BLOCKS_PER_PROGRAM),), arguments)])

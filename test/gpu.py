@@ -1,0 +1,11 @@
+"""What the tests on a GPU share."""
+
+import pytest
+import torch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
+
+
+def on_gpu(inputs: dict) -> dict:
+    """The same tensors on the GPU."""
+    return {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}

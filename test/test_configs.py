@@ -1,0 +1,174 @@
+"""The shipped tile files, and what a wrong one is told."""
+
+import json
+
+import pytest
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_mxfp8moe import configs
+
+FILES = sorted((configs.FOLDER / "triton").glob("*.json"))
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+DTYPES = ("mxfp8", "bf16")
+
+GEMM = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 2}
+RULE = {"rows_per_expert": 16, "block_m": 16, "gemm1": GEMM, "gemm2": GEMM}
+LAST = RULE | {"rows_per_expert": None}
+SHAPE = {"hidden": 64, "intermediate": 32, "experts": 4, "topk": 2, "tiles": [LAST]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_a_shipped_file_obeys_the_rules(path):
+    config = configs.parse(path.name, json.loads(path.read_text()))
+    for rules in (config.tiles, *config.shapes.values()):
+        limits = [tiles.rows_per_expert for tiles in rules]
+        assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
+        for tiles in rules:
+            for gemm in (tiles.gemm1, tiles.gemm2):
+                assert gemm.num_warps >= 4  # with less, no matrix unit takes whole blocks: bf16 instructions instead
+                assert set(gemm.options) <= {"waves_per_eu", "matrix_instr_nonkdim", "kpack", "maxnreg", "num_ctas"}
+
+
+def test_every_file_is_of_an_architecture():
+    names = {path.stem.removesuffix("-bf16") for path in FILES}
+    assert names <= {"default", *ARCHS} and {"default", "sm_90", "sm_100", "gfx950"} <= names
+
+
+def test_which_file_serves(monkeypatch, tmp_path):
+    (tmp_path / "triton").mkdir()
+    for i, name in enumerate(("default", "sm_90", "gfx950", "gfx950-bf16", "sm_100")):
+        (tmp_path / "triton" / f"{name}.json").write_text(json.dumps({"tiles": [LAST | {"block_m": 16 << i}]}))
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    configs.load.cache_clear()
+    served = {
+        (arch, dtype): configs.load(arch, dtype).tiles[0].block_m
+        for arch in ("sm_80", "sm_90", "gfx950", "sm_103") for dtype in DTYPES
+    }  # fmt: skip
+    configs.load.cache_clear()
+    assert served == {
+        ("sm_80", "mxfp8"): 16, ("sm_80", "bf16"): 16,
+        ("sm_90", "mxfp8"): 32, ("sm_90", "bf16"): 32,
+        ("gfx950", "mxfp8"): 64, ("gfx950", "bf16"): 128,
+        ("sm_103", "mxfp8"): 256, ("sm_103", "bf16"): 256,
+    }  # fmt: skip
+
+
+def test_the_first_rule_that_is_wide_enough_serves(monkeypatch):
+    rules = [LAST | {"rows_per_expert": rows, "block_m": m} for rows, m in ((2.5, 16), (8, 32), (None, 64))]
+    shape = SHAPE | {"tiles": [LAST | {"block_m": 128}]}
+    config = configs.parse("here", {"tiles": rules, "shapes": [shape]})
+    monkeypatch.setattr(configs, "load", lambda *_: config)
+
+    def block_m(tokens, topk=2, experts=4, hidden=128):
+        sizes = dict(tokens=tokens, topk=topk, experts=experts, hidden=hidden, intermediate=32)
+        return configs.choose("any", "mxfp8", **sizes).block_m
+
+    assert [block_m(t) for t in (1, 5, 6, 16, 17, 10**9)] == [16, 16, 32, 32, 64, 64]
+    assert [block_m(5, topk=3), block_m(6, experts=5)] == [32, 16]
+    assert [block_m(t, hidden=64) for t in (1, 10**9)] == [128, 128]  # a shape that is listed
+
+
+@given(
+    arch=st.sampled_from(ARCHS), dtype=st.sampled_from(DTYPES), tokens=st.integers(1, 2**31),
+    hidden=st.integers(1, 256), intermediate=st.integers(1, 256), experts=st.integers(1, 1024), topk=st.integers(1, 64),
+)  # fmt: skip
+def test_any_sizes_are_served_and_more_tokens_take_no_smaller_tile(
+    arch, dtype, tokens, hidden, intermediate, experts, topk
+):
+    sizes = dict(hidden=32 * hidden, intermediate=32 * intermediate, experts=experts, topk=topk)
+    few, more = (configs.choose(arch, dtype, tokens=t, **sizes) for t in (tokens, 2 * tokens))
+    assert few.block_m <= more.block_m
+    assert few == configs.choose(arch, dtype, tokens=tokens, **sizes)
+
+
+def wrong(change) -> str:
+    """What is said about a file with two rules and a shape after ``change`` to it."""
+    data = json.loads(json.dumps({"tiles": [RULE, LAST], "shapes": [SHAPE]}))
+    configs.parse("file.json", data)
+    change(data)
+    with pytest.raises(ValueError) as error:
+        configs.parse("file.json", data)
+    return str(error.value)
+
+
+def test_unknown_keys():
+    assert_expected_inline(
+        wrong(lambda data: data.update(tile=[])),
+        """file.json: has the keys ['shapes', 'tile', 'tiles']; it takes tiles and shapes""",
+    )
+    assert_expected_inline(
+        wrong(lambda data: data.pop("tiles")), """file.json: has the keys ['shapes']; it takes tiles and shapes"""
+    )
+    assert_expected_inline(
+        wrong(lambda data: data["tiles"][0].update(block_n=64)),
+        """\
+file.json, rule 0: has the keys ['block_m', 'block_n', 'gemm1', 'gemm2', 'rows_per_expert']; \
+it takes rows_per_expert, block_m, gemm1 and gemm2""",
+    )
+
+
+def test_rules_that_do_not_serve_everything():
+    assert_expected_inline(
+        wrong(lambda data: data["tiles"].clear()), """file.json: there is no rule; it takes one or more"""
+    )
+    assert_expected_inline(
+        wrong(lambda data: data["tiles"].pop()),
+        """file.json, rule 0: rows_per_expert is 16; it takes rising numbers, and null in the last rule""",
+    )
+    assert_expected_inline(
+        wrong(lambda data: data["tiles"].reverse()),
+        """file.json, rule 0: rows_per_expert is None; it takes rising numbers, and null in the last rule""",
+    )
+    assert_expected_inline(
+        wrong(lambda data: data["tiles"].insert(0, data["tiles"][0])),
+        """file.json, rule 1: rows_per_expert is 16; it takes rising numbers, and null in the last rule""",
+    )
+    assert_expected_inline(
+        wrong(lambda data: data["shapes"][0]["tiles"].clear()),
+        """file.json, shape (64, 32, 4, 2): there is no rule; it takes one or more""",
+    )
+
+
+@pytest.mark.parametrize("value", ("16", True, [16], float("nan")), ids=repr)
+def test_rows_that_are_no_number(value):
+    said = wrong(lambda data: data["tiles"][0].update(rows_per_expert=value))
+    takes = "it takes rising numbers, and null in the last rule"
+    assert said == f"file.json, rule 0: rows_per_expert is {value!r}; {takes}"
+
+
+def test_a_shape_with_another_key():
+    said = wrong(lambda data: data["shapes"][0].update(tokens=1))
+    assert said.startswith("file.json: shape {'hidden': 64, 'intermediate': 32, ")
+    assert said.endswith("'tokens': 1} has other keys than it takes, or is there twice")
+
+
+def test_a_shape_twice():
+    assert wrong(lambda data: data["shapes"].append(SHAPE)).endswith("has other keys than it takes, or is there twice")
+
+
+def test_a_shape_without_a_size():
+    assert wrong(lambda data: data["shapes"][0].pop("topk")).endswith("has other keys than it takes, or is there twice")
+
+
+@pytest.mark.parametrize("value", ("4", 4.0, 0, True), ids=repr)
+def test_a_shape_with_a_size_that_no_call_has(value):
+    said = wrong(lambda data: data["shapes"][0].update(experts=value))
+    assert said == f"file.json: shape (64, 32, {value!r}, 2) takes positive whole numbers"
+
+
+def test_tiles_that_no_kernel_has():
+    for name, value, message in (
+        ("block_n", 48, "file.json, rule 0, gemm1: block_n is 48; it takes a power of two from 32 to 256"),
+        ("block_n", 16, "file.json, rule 0, gemm1: block_n is 16; it takes a power of two from 32 to 256"),
+        ("block_n", None, "file.json, rule 0, gemm1: block_n is None; it takes a power of two from 32 to 256"),
+        ("block_k", 64.0, "file.json, rule 0, gemm1: block_k is 64.0; it takes a power of two from 32 to 512"),
+        ("num_warps", True, "file.json, rule 0, gemm1: num_warps is True; it takes a power of two from 1 to 16"),
+        ("num_stages", 0, "file.json, rule 0, gemm1: num_stages is 0; it takes 1 to 8"),
+        ("num_stages", True, "file.json, rule 0, gemm1: num_stages is True; it takes 1 to 8"),
+        ("descriptors", 1, "file.json, rule 0, gemm1: descriptors is 1; it takes true or false"),
+    ):
+        assert wrong(lambda data: data["tiles"][0]["gemm1"].update({name: value})) == message
+    said = wrong(lambda data: data["tiles"][1].update(block_m=8))
+    assert said == "file.json, rule 1: block_m is 8; it takes a power of two from 16 to 256"

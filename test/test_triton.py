@@ -1,0 +1,281 @@
+"""The Triton backend without a GPU: whom it serves, why not, and what happens when a kernel does not compile."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo  # which looks for Triton: before tests replace it
+from expecttest import assert_expected_inline
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import torch_mxfp8moe
+from helpers import E4M3, moe_inputs, only_cpu, run_python
+from torch_mxfp8moe import dispatch
+from torch_mxfp8moe.backends import registered
+from torch_mxfp8moe.backends import triton as backend
+from torch_mxfp8moe.backends.triton.targets import Target, target_of
+
+pytestmark = only_cpu
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or backend._interpreted(),
+    reason="needs Triton, and that it compiles (no TRITON_INTERPRET): pip install triton",
+)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(arch, triton)``: a new backend as it would be on a machine with that GPU and version of Triton."""
+
+    def build(arch: str | None = "sm_90", triton: str | None = "3.6.0") -> backend.Triton:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: arch is not None)
+        if arch is not None and arch.startswith("gfx"):
+            properties = SimpleNamespace(gcnArchName=f"{arch}:sramecc+:xnack-")
+            monkeypatch.setattr(torch.version, "hip", "7.0")
+            monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        elif arch is not None:
+            capability = divmod(int(arch.removeprefix("sm_")), 10)
+            monkeypatch.setattr(torch.version, "hip", None)
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(backend, "_target_of", target_of)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if triton is None else object())
+        if triton is not None:
+            monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+        here = {"triton": backend.Triton(), "reference": registered()["reference"]}
+        monkeypatch.setattr(dispatch, "registered", lambda: here)
+        return here["triton"]
+
+    return build
+
+
+def on_gpu(inputs: dict, *names: str) -> dict:
+    """``inputs``, those of ``names`` (default: all) as tensors of a GPU that need not be there."""
+    with FakeTensorMode():
+        return inputs | {
+            name: torch.empty(inputs[name].shape, dtype=inputs[name].dtype, device="cuda") for name in names or inputs
+        }
+
+
+# --- whether it is usable
+
+
+def test_usable(machine):
+    assert machine().why_unavailable() is None
+    assert torch_mxfp8moe.backends()["triton"].usable
+
+
+def test_without_a_gpu(machine):
+    assert machine(arch=None).why_unavailable() == "there is no GPU that PyTorch can use"
+
+
+def test_without_triton(machine):
+    assert_expected_inline(
+        machine(triton=None).why_unavailable(),
+        """Triton is not installed; it comes with PyTorch's GPU builds, or: pip install triton""",
+    )
+
+
+@pytest.mark.parametrize("version", ("2.3.1", "3.5.1", "3.5.1+git4e2f"))
+def test_triton_too_old(machine, version):
+    assert machine(triton=version).why_unavailable() == f"Triton is {version}; the kernels take 3.6 or later"
+    assert str(torch_mxfp8moe.backends()["triton"]).startswith(f"triton     not usable: Triton is {version}; ")
+
+
+@pytest.mark.parametrize("version", ("3.6.0", "3.6.0+gitc5d8", "3.9.0", "3.10.0", "4.0.0"))
+def test_triton_new_enough(machine, version):
+    assert machine(triton=version).why_unavailable() is None
+
+
+def test_triton_that_does_not_import(machine, monkeypatch):
+    machine()
+    monkeypatch.setitem(sys.modules, "triton", None)
+    status = torch_mxfp8moe.backends()["triton"]
+    assert not status.usable and "ModuleNotFoundError: import of triton halted" in status.reason
+
+
+def test_the_package_imports_no_triton():
+    """Nor does a table of the backends or a call on the CPU where there is no GPU."""
+    code = """
+import sys
+import torch
+import torch._dynamo  # which looks for Triton: before tests replace it
+before = "triton" in sys.modules
+import torch_mxfp8moe
+print(before or "triton" not in sys.modules)
+torch_mxfp8moe.quantize_1x32(torch.randn(2, 64))
+torch.cuda.is_available = lambda: False
+print(torch_mxfp8moe.backends()["triton"].reason)
+print(before or "triton" not in sys.modules)
+"""
+    assert run_python(code, TRITON_INTERPRET="0") == "True\nthere is no GPU that PyTorch can use\nTrue\n"
+
+
+# --- whether it serves a call
+
+
+@pytest.mark.parametrize(
+    "arch", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
+)
+def test_served(machine, arch):
+    machine(arch)
+    assert torch_mxfp8moe.explain(**on_gpu(moe_inputs())).backend == "triton"
+
+
+@pytest.mark.parametrize(
+    "arch, takes",
+    [
+        ("sm_60", "sm_80 and later"),
+        ("sm_75", "sm_80 and later"),
+        ("gfx90a", "gfx942 and gfx950"),
+        ("gfx1100", "gfx942 and gfx950"),
+    ],
+)
+def test_another_gpu_is_refused_with_the_reason(machine, arch, takes):
+    machine(arch)
+    explained = torch_mxfp8moe.explain(**on_gpu(moe_inputs()))
+    assert explained.backend == "reference"
+    assert explained.reasons == {"triton": f"the GPU is {arch}; the kernels take {takes}"}
+    named = torch_mxfp8moe.explain(**on_gpu(moe_inputs()), backend="triton")
+    assert named.backend is None and named.reasons["triton"] == explained.reasons["triton"]
+
+
+def test_explain_text_of_a_gpu_that_is_too_old(machine):
+    machine("sm_75")
+    assert_expected_inline(
+        str(torch_mxfp8moe.explain(**on_gpu(moe_inputs()), backend="triton")),
+        """\
+fused_moe on cuda:0, T=4 H=64 I=32 E=4 K=2, layout row_major, activations mxfp8: no backend serves it
+  not triton: the GPU is sm_75; the kernels take sm_80 and later
+  not reference: the call names backend 'triton'""",
+    )
+
+
+def test_tensors_of_the_cpu_are_refused(machine):
+    machine()
+    assert_expected_inline(
+        torch_mxfp8moe.explain(**moe_inputs()).reasons["triton"], """the tensors are on cpu, not on a GPU"""
+    )
+    with pytest.raises(RuntimeError) as error:  # NotImplementedError, but where it comes from C++
+        torch_mxfp8moe.fused_moe(**moe_inputs(), backend="triton")
+    assert_expected_inline(
+        str(error.value),
+        """fused_moe: backend 'triton' does not serve this call: the tensors are on cpu, not on a GPU""",
+    )
+
+
+def test_an_expert_beyond_32_bits_is_refused(machine):
+    machine()
+    inputs = moe_inputs(T=1, E=1, K=1)
+
+    def explained(rows):
+        with FakeTensorMode():
+            sizes = dict(w1=(1, rows, 32768), w2=(1, 32768, rows // 2))
+            weights = {name: torch.empty(size, dtype=E4M3, device="cuda") for name, size in sizes.items()}
+            scales = {
+                f"{name}_scale": torch.empty(*size[:2], size[2] // 32, dtype=torch.uint8, device="cuda")
+                for name, size in sizes.items()
+            }
+            x = torch.empty(1, 32768, dtype=torch.bfloat16, device="cuda")
+        return torch_mxfp8moe.explain(**on_gpu(inputs) | weights | scales | dict(hidden_states=x))
+
+    assert explained(65536 - 64).backend == "triton"
+    assert_expected_inline(
+        explained(65536).reasons["triton"],
+        """a weight has 2147483648 elements an expert; it takes fewer than 2147483648""",
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in moe_inputs() if name != "hidden_states"])
+def test_a_tensor_on_another_device_is_an_error(machine, name):
+    machine()
+    inputs = on_gpu(moe_inputs(), *(other for other in moe_inputs() if other != name))
+    with pytest.raises(ValueError) as error:
+        torch_mxfp8moe.explain(**inputs)
+    assert str(error.value) == f"fused_moe: {name} is on cpu; it takes the device of hidden_states, cuda:0"
+
+
+# --- compiling
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """A module with a kernel that compiles and one that does not. (Triton reads kernels from files.)"""
+    (tmp_path / "two_kernels.py").write_text("""
+import triton
+import triton.language as tl
+
+@triton.jit
+def good_kernel(x):
+    tl.store(x, 1.0)
+
+@triton.jit
+def bad_kernel(x, N: tl.constexpr):
+    tl.static_assert(N == 16, "no such tile")
+    tl.store(x, 1.0)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("two_kernels")
+    del sys.modules["two_kernels"]
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ("sm_90", "gfx950"))
+@pytest.mark.parametrize("bad", (0, 1, 2))
+def test_nothing_is_launched_if_one_kernel_does_not_compile(kernels, monkeypatch, arch, bad):
+    from torch_mxfp8moe.backends.triton.launch import Launch, Operand, Plan, _Ready, offline
+
+    launched = []
+    monkeypatch.setattr(_Ready, "run", lambda self, *_: launched.append(self.kernel))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    compiled = Launch.compiled
+
+    def loaded(self):  # loading takes a GPU
+        assert compiled(self).asm
+        return SimpleNamespace(run=None)
+
+    monkeypatch.setattr(Launch, "compiled", loaded)
+    x = Operand("x", torch.float32)
+    launches = [Launch(kernels.good_kernel, (1,), dict(x=x), dict(num_warps=n)) for n in (1, 2, 4)]
+    arguments = "some_op", dict(x=torch.empty(1, device="meta")), torch.device("cuda", 0), Target(arch)
+    with offline(Target(arch)):
+        Plan(launches).run(*arguments)
+        assert len(launched) == 3
+        launched.clear()
+        launches[bad] = Launch(kernels.bad_kernel, (1,), dict(x=x, N=8), dict(num_warps=4))
+        plan = Plan(launches)
+        for _ in range(2):  # the second call does not take it for compiled
+            with pytest.raises(NotImplementedError) as error:
+                plan.run(*arguments)
+            assert launched == []
+            said = str(error.value)
+            assert said.startswith(
+                f"some_op: backend 'triton' cannot compile bad_kernel for {arch} with {{'num_warps': 4}}: "
+            )
+            assert "no such tile" in said
+
+
+@needs_triton
+def test_compiling_offline_leaves_the_driver_as_it_was(kernels):
+    from triton.runtime import driver
+
+    from torch_mxfp8moe.backends.triton.launch import Launch, compile_offline
+
+    x = torch.empty(1, device="meta")
+    good = Launch(kernels.good_kernel, (1,), dict(x=x))
+    bad = Launch(kernels.bad_kernel, (1,), dict(x=x, N=8))
+    before, mine = driver._active, object()
+    try:
+        for active in (before, mine):
+            driver.set_active(active)
+            for arch, text in (("sm_80", ".target sm_80"), ("gfx942", "amdgcn-amd-amdhsa--gfx942")):
+                (kernel,) = compile_offline([good], Target(arch))
+                assert text in kernel.asm["ptx" if arch == "sm_80" else "amdgcn"]
+                assert driver._active is active
+                with pytest.raises(Exception, match="no such tile"):
+                    compile_offline([good, bad], Target(arch))
+                assert driver._active is active
+    finally:
+        driver.set_active(before)

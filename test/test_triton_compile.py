@@ -1,0 +1,266 @@
+"""Every bundled Triton kernel as machine code for every architecture, compiled with no GPU: what it is made of.
+
+Nothing runs here: right instructions and no spills are shown, right results are not. MXFP8MOE_COMPILE says how much is
+compiled: ``few`` (of each tile and kernel one), ``usual`` (the default), ``all`` (all shapes of shapes.csv, dtypes and
+layouts). ``tools/check_triton.py`` runs it with other versions of Triton.
+"""
+
+import os
+from functools import cache
+from itertools import product
+
+import pytest
+import torch
+
+import torch_mxfp8moe
+from helpers import E4M3, FLOATS, MODES
+from shapes import rows
+from torch_mxfp8moe import configs
+from torch_mxfp8moe.arguments import FusedMoe, Preshuffle
+from torch_mxfp8moe.backends.triton import _interpreted
+from torch_mxfp8moe.backends.triton.targets import Target
+from torch_mxfp8moe.configs import Gemm, Tiles
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+if _interpreted():
+    pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
+
+import machine_code  # noqa: E402
+from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import plan  # noqa: E402
+from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
+from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
+
+ARCHS = tuple(machine_code.SHARED)
+SCOPES = ("few", "usual", "all")
+SCOPE = SCOPES.index(os.environ.get("MXFP8MOE_COMPILE", "usual"))
+
+
+SHAPES = {
+    name: dict(
+        H=row.hidden, I=row.intermediate, E=row.local, G=row.experts, K=row.topk, bias=row.bias,
+        swiglu_limit=row.options["swiglu_limit"],
+    )
+    for name, row in rows().items()
+}  # fmt: skip
+"""shapes.csv: what :func:`moe` takes, by model and parallelism."""
+M3, QWEN_TP4, GPT_OSS = "MiniMax-M3 TP4", "Qwen3-30B-A3B TP4", "gpt-oss-120b TP1"
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def moe(
+    H: int, I: int, E: int, K: int, *, T: int = 64, G: int | None = None, bias: bool = False, scaled: bool = False,
+    x_dtype=torch.bfloat16, out_dtype=None, id_dtype=torch.int32, weight_dtype=torch.float32, padded: bool = False,
+    layout: str = "row_major", **options,
+) -> FusedMoe:  # fmt: skip
+    """A call on tensors without memory; ``padded`` adds num_tokens, ``scaled`` gives x that is MXFP8 already."""
+    scale_shape = torch_mxfp8moe.LAYOUTS[layout].scale_shape
+    if bias:
+        options |= dict(w1_bias=empty(E, 2 * I), w2_bias=empty(E, H))
+    return FusedMoe(
+        empty(T, H, dtype=E4M3 if scaled else x_dtype),
+        empty(E, 2 * I, H, dtype=E4M3), empty(*scale_shape(E, 2 * I, H), dtype=torch.uint8),
+        empty(E, H, I, dtype=E4M3), empty(*scale_shape(E, H, I), dtype=torch.uint8),
+        empty(T, K, dtype=weight_dtype), empty(T, K, dtype=id_dtype),
+        hidden_states_scale=empty(T, H // 32, dtype=torch.uint8) if scaled else None,
+        expert_map=None if G in (None, E) else empty(G, dtype=torch.int32),
+        num_tokens=empty(1, dtype=torch.int32) if padded else None,
+        layout=layout, out=empty(T, H, dtype=out_dtype or (torch.bfloat16 if scaled else x_dtype)), **options,
+    ).check()  # fmt: skip
+
+
+def launches(call: FusedMoe, arch: str, tiles: Tiles) -> list:
+    """The five of a layer."""
+    parts = plan(call, Target(arch), tiles).bind(call.inputs | {"out": call.out}, call.device)
+    assert len(parts) == 5
+    return parts
+
+
+@cache
+def _code(kernel, arch: str) -> machine_code.Code:
+    return machine_code.read(kernel, arch)
+
+
+def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_code.Code]:
+    """``launches`` as code, checked; what equals an earlier one is compiled once. Products may use ``stack`` bytes."""
+    record("target", arch)
+    record("kernels", len(launches))
+    codes = [_code(kernel, arch) for kernel in compile_offline(launches, Target(arch))]
+    for launch, code in zip(launches, codes):
+        if launch.kernel is grouped_gemm_kernel:
+            arguments = launch.arguments
+            try:
+                machine_code.check_gemm(code, arguments["SCALED"], arguments["DESCRIPTORS"], stack)
+            except AssertionError as error:
+                tile = {name: arguments[name] for name in ("GATE_UP", "BLOCK_M", "BLOCK_N", "BLOCK_K", "N", "K")}
+                raise AssertionError(f"{tile} {launch.options}: {error}") from None
+        else:
+            machine_code.check(code)
+    return codes
+
+
+def gemm_cases():
+    """(arch, rule, activation dtype, layout, shape) of everything that this scope compiles."""
+    for arch, dtype in product(ARCHS, ("mxfp8", "bf16")):
+        rules = configs.load(arch, dtype).tiles
+        for (rule, _), layout, shape in product(enumerate(rules), torch_mxfp8moe.LAYOUTS, SHAPES):
+            sizes = SHAPES[shape]
+            if torch_mxfp8moe.LAYOUTS[layout].why_not(2 * sizes["I"], sizes["H"], True):
+                continue
+            last = rule == len(rules) - 1
+            if layout != "row_major":  # the architecture it is made for, and one more
+                scope = 1 if shape == M3 and arch == "gfx950" else 1 if shape == M3 and arch == "sm_90" and last else 2
+            elif dtype == "mxfp8":
+                scope = 0 if shape == M3 else 1 if shape == GPT_OSS or shape == QWEN_TP4 and last else 2
+            elif shape == GPT_OSS:  # its K tail and biases take most registers; mxfp8 is another kernel if it is scaled
+                scope = 0 if last else 1 if Target(arch).scaled else 2
+            else:
+                scope = 2
+            if scope <= SCOPE:
+                yield pytest.param(arch, rule, dtype, layout, shape, id=f"{arch}-{rule}-{dtype}-{layout}-{shape}")
+
+
+@pytest.mark.parametrize("arch, rule, dtype, layout, shape", list(gemm_cases()))
+def test_products(arch, rule, dtype, layout, shape, record_property):
+    """Both products of a layer, with the tiles that are shipped."""
+    call = moe(**SHAPES[shape], layout=layout, activation_dtype=dtype)
+    both = launches(call, arch, configs.load(arch, dtype).tiles[rule])[2:4]
+    assert {launch.kernel for launch in both} == {grouped_gemm_kernel}
+    # Weights in another GPU's layout are served, without the descriptors that the tiles are made for.
+    foreign = layout == "aiter_gfx950" and not arch.startswith("gfx")
+    compiled(both, arch, record_property, stack=512 if foreign else 0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_products_of_listed_shapes(arch, record_property):
+    """The tiles that a file has for certain shapes only."""
+    both = []
+    for dtype in ("mxfp8", "bf16"):
+        for (H, I, E, K), rules in configs.load(arch, dtype).shapes.items():
+            for tiles in rules:
+                both += launches(moe(H, I, E, K, activation_dtype=dtype), arch, tiles)[2:4]
+    if not both:
+        pytest.skip(f"the tiles of {arch} are the same for all shapes")
+    compiled(both, arch, record_property)
+
+
+ARGUMENTS = (
+    dict(H=6144, I=768, E=128, K=4, T=8),
+    dict(H=4096, I=256, E=288, K=8, T=1024, x_dtype=torch.float32, id_dtype=torch.int64, padded=True, bias=True),
+    dict(H=2880, I=2880, E=16, G=128, K=1, scaled=True, weight_dtype=torch.float64, apply_router_weight_on_input=True),
+    dict(H=3072, I=192, E=256, K=8, T=1024, x_dtype=torch.float16, weight_dtype=torch.float16, activation_dtype="bf16"),
+)
+"""Between them, every branch of the kernels that depends on an argument."""
+
+
+@pytest.mark.parametrize(
+    "arch, case",
+    [
+        (arch, case)
+        for arch, case in product(ARCHS, range(len(ARGUMENTS)))
+        if SCOPE == 2 or (case == 0 and SCOPE) or (case <= 3 * SCOPE and arch in ("sm_90", "gfx950"))
+    ],
+)
+def test_whole_layer(arch, case, record_property):
+    call = moe(**ARGUMENTS[case])
+    parts = launches(call, arch, configs.load(arch, call.activation_dtype).tiles[0])
+    assert [launch.kernel.__name__ for launch in parts] == [
+        "route_kernel", "dispatch_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel",
+    ]  # fmt: skip
+    compiled(parts, arch, record_property)
+
+
+@pytest.mark.skipif(SCOPE < 2, reason="compiles for minutes: MXFP8MOE_COMPILE=all")
+@pytest.mark.parametrize("arch, shape", list(product(ARCHS, SHAPES if SCOPE == 2 else [M3])))
+def test_routing_of_all_dtypes(arch, shape, record_property):
+    parts = []
+    ids, weights = (torch.int32, torch.int64), (*FLOATS, torch.float64)
+    for T, id_dtype, padded in product((8, 1024), ids, (False, True)):
+        call = moe(**SHAPES[shape], T=T, id_dtype=id_dtype, padded=padded)
+        parts += launches(call, arch, configs.load(arch).tiles[0])[:1]
+    for x_dtype, activation_dtype in product((*FLOATS, E4M3), ("mxfp8", "bf16")):
+        x = dict(scaled=True) if x_dtype is E4M3 else dict(x_dtype=x_dtype)
+        for tiles in configs.load(arch, activation_dtype).tiles:
+            parts += launches(moe(**SHAPES[shape], activation_dtype=activation_dtype, **x), arch, tiles)[1:2]
+    for weight_dtype, out_dtype in product(weights, FLOATS):
+        call = moe(**SHAPES[shape], weight_dtype=weight_dtype, out_dtype=out_dtype)
+        parts += launches(call, arch, configs.load(arch).tiles[0])[4:]
+    compiled(parts, arch, record_property)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_quantize_and_dequantize(arch, record_property):
+    parts, device = [], torch.device("meta")
+    memory = dict(data=empty(64, 2880, dtype=E4M3), scale=empty(64, 90, dtype=torch.uint8))
+    for mode, dtype in product(MODES, FLOATS):
+        if SCOPE == 2 or (mode == "rceil") + (dtype is torch.bfloat16) + SCOPE >= 2:
+            x = empty(64, 2880, dtype=dtype)
+            parts += quantize.quantize(x, mode).bind(memory | {"x": x}, device)
+    for dtype in FLOATS if SCOPE else (torch.bfloat16,):
+        data, scale = (memory[name] for name in ("data", "scale"))
+        parts += quantize.dequantize(data, scale, dtype).bind(memory | {"out": empty(64, 2880, dtype=dtype)}, device)
+    assert len(parts) >= 2
+    compiled(parts, arch, record_property)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_preshuffle(arch, record_property):
+    parts = []
+    layouts = tuple(torch_mxfp8moe.LAYOUTS)[-1 if SCOPE == 0 else 0 :]
+    for layout, (gate_up, R, C) in product(layouts, ((True, 1536, 6144), (False, 6144, 768))):
+        call = Preshuffle(
+            empty(128, R, C, dtype=E4M3), empty(128, R, C // 32, dtype=torch.uint8), layout, gate_up
+        ).check()
+        memory = dict(
+            weight=call.weight, scale=call.scale,
+            out_weight=empty(*call.weight_shape, dtype=E4M3), out_scale=empty(*call.scale_shape, dtype=torch.uint8),
+        )  # fmt: skip
+        parts += preshuffle.preshuffle(call).bind(memory, call.device)
+    assert len(parts) == 4 * len(layouts)
+    compiled(parts, arch, record_property)
+
+
+usual = pytest.mark.skipif(SCOPE < 1, reason="of each kernel one: MXFP8MOE_COMPILE=few")
+
+
+@usual
+@pytest.mark.parametrize("arch", ARCHS)
+def test_weights_beyond_32_bits(arch, record_property):
+    """Offsets of an expert are 64-bit numbers where all experts together pass 2^31 elements."""
+    call = moe(H=7168, I=3072, E=384, K=6)
+    assert call.w1.numel() > 2**33
+    tiles = configs.load(arch).tiles[0]
+    both = launches(call, arch, tiles)[2:4]
+    for launch, code in zip(both, compiled(both, arch, record_property)):
+        strides = [launch.arguments["SCALE_EXPERT_STRIDE"]]
+        if not launch.arguments["DESCRIPTORS"]:  # whose coordinates are not multiplied by anything
+            strides.append(launch.arguments["EXPERT_STRIDE"])
+        for stride in strides:
+            assert f"constant {stride} : i64" in code.ttir and f"constant {stride} : i32" not in code.ttir
+
+
+def _tiles(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int = 2) -> Tiles:
+    gemm = Gemm(block_n, block_k, num_warps, num_stages)
+    return Tiles(None, block_m, gemm, gemm)
+
+
+@usual
+@pytest.mark.parametrize(
+    "arch, dtype, tiles, complaint",
+    [
+        ("gfx950", "mxfp8", _tiles(32, 32, 128, 1), "v_mfma_scale.* it is not: .*v_mfma_f32_.*bf16"),
+        ("gfx950", "bf16", _tiles(128, 128, 128, 8), "spills: "),
+        ("gfx942", "bf16", _tiles(64, 64, 64, 4, 8), "too much shared memory: "),
+        ("sm_100", "mxfp8", _tiles(32, 32, 128, 4), r"mxf8f6f4\S* it is not: .*(kind::f16|mma\.sync)"),
+        ("sm_100", "mxfp8", _tiles(128, 64, 128, 4), "spills: "),
+    ],
+    ids=["falls back to bf16", "AMD spills", "AMD shared", "decomposed", "NVIDIA spills"],
+)
+def test_the_checks_see_bad_tiles(arch, dtype, tiles, complaint, record_property):
+    """What compilers do silently with tiles that are not shipped."""
+    call = moe(**SHAPES[GPT_OSS], activation_dtype=dtype)
+    with pytest.raises(AssertionError, match=complaint):
+        compiled(launches(call, arch, tiles)[2:3], arch, record_property)
