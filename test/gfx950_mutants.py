@@ -5,17 +5,14 @@ import warnings
 from functools import cache
 
 import gfx950_kernels as kernels
+import gfx950_ops as ops
 import torch
 from gfx950_simulator import launch
 
 from helpers import TOLERANCE, moe_inputs, randn, relative_l2, same_bytes
 from torch_mxfp8moe import reference
-from torch_mxfp8moe.arguments import FusedMoe, Quantize
-from torch_mxfp8moe.backends.triton import fused_moe, quantize
+from torch_mxfp8moe.backends.triton import quantize as quantize_launches
 from torch_mxfp8moe.backends.triton.launch import compile_offline
-from torch_mxfp8moe.backends.triton.targets import Target
-
-TARGET = Target("gfx950")
 
 
 class Subject:
@@ -86,12 +83,12 @@ class QuantizeBlocks(Subject):
         self.x = randn(21, 160, seed=1) * torch.exp2(randn(21, 5, seed=2) * 20).repeat_interleave(32, 1)
         self.x[3, 40], self.x[5, :32] = float("nan"), 0
         self.want = reference.quantize_1x32(self.x)
-        launches, _ = quantize.quantize(Quantize(self.x, "rceil"))
-        (self.compiled,) = compile_offline(launches, TARGET)
+        memory = dict(x=self.x, data=self.want[0], scale=self.want[1])
+        launches = quantize_launches.quantize(self.x, "rceil").bind(memory, ops.CPU)
+        (self.compiled,) = compile_offline(launches, ops.TARGET)
 
     def right(self, text: str) -> bool:
-        launches, got = quantize.quantize(Quantize(self.x, "rceil"))
-        launch.simulate(launches, TARGET, [self.x], texts={0: text})
+        got = ops.quantize_1x32(self.x, "rceil", texts={0: text})
         return all(same_bytes(a, b) for a, b in zip(got, self.want))
 
 
@@ -104,18 +101,12 @@ class Moe(Subject):
         self.inputs["topk_ids"][::4, 0] = -1
         self.options = dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=1.0)
         self.want = reference.fused_moe(**self.inputs, **self.options)
-        self.compiled = compile_offline(self.launches()[0], TARGET)[which]
-
-    def launches(self):
-        call = FusedMoe(**self.inputs, **self.options, out=torch.empty(33, 256))
-        (launches,) = fused_moe.plan(call, TARGET)
-        return launches, call.out
+        launches = ops.bound_launches(ops.moe_call(self.inputs, **self.options))
+        self.compiled = compile_offline(launches, ops.TARGET)[which]
 
     def right(self, text: str) -> bool:
-        launches, out = self.launches()
-        launch.simulate(launches, TARGET, self.inputs.values(), texts={self.which: text})
-        error = relative_l2(out, self.want)
-        return error <= TOLERANCE[torch.float32] and bool(out.isfinite().all())
+        out = ops.fused_moe(ops.moe_call(self.inputs, **self.options), texts={self.which: text})
+        return relative_l2(out, self.want) <= TOLERANCE[torch.float32] and bool(out.isfinite().all())
 
 
 SUBJECTS = {

@@ -13,14 +13,12 @@ from torch_mxfp8moe.arguments import FusedMoe
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+import gfx950_ops as ops
 from gfx950_simulator.assembly import parse
 from gfx950_simulator.hazards import check_wait_states
 from gfx950_simulator.machine import Program
-from torch_mxfp8moe.backends.triton import fused_moe
 from torch_mxfp8moe.backends.triton.launch import compile_offline
-from torch_mxfp8moe.backends.triton.targets import Target
 
-TARGET = Target("gfx950")
 LDS = 160 * 1024
 VGPRS = 512
 """Of a SIMD, for one wave; what a kernel of 256 threads may have at most."""
@@ -47,13 +45,13 @@ def meta_call(model: dict, tokens: int = 64) -> FusedMoe:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", range(len(configs.load("gfx950").tiles)))
+@pytest.mark.parametrize("rule", range(len(configs.load("gfx950", "mxfp8").tiles)))
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model['model']} {model['parallel']}")
 def test_compiled_kernels(model, rule):
     """The matrix unit takes MXFP8 as it is, nothing spills, LDS suffices, every instruction is one that the simulator
     knows, and the wait states are there (a warning tells of those that LLVM is known to leave out)."""
-    launches = next(fused_moe.plan(meta_call(model), TARGET, configs.load("gfx950").tiles[rule]))
-    for launch, compiled in zip(launches, compile_offline(launches, TARGET)):
+    launches = ops.bound_launches(meta_call(model), configs.load("gfx950", "mxfp8").tiles[rule])
+    for launch, compiled in zip(launches, compile_offline(launches, ops.TARGET)):
         program = Program(parse(compiled.asm["amdgcn"]))
         matrix = {one.name for one in program.instructions if one.unit == "mfma"}
         if "gemm" in launch.kernel.__name__:

@@ -8,23 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-import torch_mxfp8moe
-from helpers import FLOATS, MODES, assert_agrees, moe_inputs, randn, relative_l2, same_bytes, weights
-from torch_mxfp8moe import reference
-from torch_mxfp8moe.arguments import Dequantize, FusedMoe, Preshuffle, Quantize
+from helpers import FLOATS, MODES, assert_agrees, assert_equal, moe_inputs, randn, relative_l2, same_bytes, weights
+from torch_mxfp8moe import configs, reference
+from torch_mxfp8moe.arguments import Preshuffle
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 import gfx950_kernels as kernels
+import gfx950_ops as ops
 from gfx950_kernels import compile_, execute, run
 from gfx950_simulator import formats, hazards, launch
 from gfx950_simulator.assembly import AssemblyError, instruction, operand
 from gfx950_simulator.machine import SimulationError
-from torch_mxfp8moe.backends.triton import fused_moe, preshuffle, quantize
-from torch_mxfp8moe.backends.triton.targets import Target
 
-TARGET = Target("gfx950")
 M32, M64 = 2**32 - 1, 2**64 - 1
 ONES, FOUR_WAVES = np.ones(64, np.uint32), np.arange(256, dtype=np.uint32)
 
@@ -1042,8 +1039,7 @@ def test_quantize(mode, dtype):
     base = randn(7, 128, seed=1) * torch.exp2(randn(7, 4, seed=2) * 30).repeat_interleave(32, 1)
     base[2, 5], base[3, 40], base[4, 70:], base[5] = math.inf, math.nan, 0, 0
     x = base.to(dtype)[:, :96]
-    launches, got = quantize.quantize(Quantize(x, mode))
-    launch.simulate(launches, TARGET, [x])
+    got = ops.quantize_1x32(x, mode)
     assert all(same_bytes(a, b) for a, b in zip(got, reference.quantize_1x32(x, mode)))
 
 
@@ -1052,9 +1048,7 @@ def test_dequantize(dtype):
     """All codes under scales at both ends and NaN."""
     data = torch.arange(256, dtype=torch.uint8).repeat(5, 1).view(torch.float8_e4m3fn)
     scale = torch.tensor([0, 1, 100, 127, 130, 160, 254, 255], dtype=torch.uint8).repeat(5, 1)
-    launches, got = quantize.dequantize(Dequantize(data, scale, dtype))
-    launch.simulate(launches, TARGET, [data, scale])
-    torch.testing.assert_close(got, reference.dequantize_1x32(data, scale, dtype), rtol=0, atol=0, equal_nan=True)
+    assert_equal(ops.dequantize_1x32(data, scale, dtype), reference.dequantize_1x32(data, scale, dtype))
 
 
 @pytest.mark.parametrize("gate_up", [True, False])
@@ -1063,18 +1057,12 @@ def test_preshuffle(layout, gate_up):
     weight, scale = weights(3, *((2 * 192, 256) if gate_up else (256, 192)))
     want = reference.preshuffle(weight, scale, layout=layout, gate_up=gate_up, pad_to=128)
     call = Preshuffle(weight, scale, layout, gate_up, 128, *(torch.empty_like(x) for x in want))
-    launch.simulate(preshuffle.preshuffle(call), TARGET, [weight, scale])
+    ops.preshuffle(call)
     assert same_bytes(call.out_weight, want[0]) and same_bytes(call.out_scale, want[1])
 
 
 def simulated_moe(inputs: dict, tiles=None, **options) -> torch.Tensor:
-    """``fused_moe`` by the kernels for gfx950, in simulated memory where only the inputs hold anything."""
-    x, dtype = inputs["hidden_states"], options.pop("out_dtype", None)
-    dtype = dtype or (torch.bfloat16 if "hidden_states_scale" in inputs else x.dtype)
-    call = FusedMoe(**inputs, **options, out=torch.empty(x.shape, dtype=dtype)).check()
-    for launches in fused_moe.plan(call, TARGET, tiles):
-        launch.simulate(launches, TARGET, call.inputs.values())
-    return call.out
+    return ops.fused_moe(ops.moe_call(inputs, **options), tiles)
 
 
 def check_moe(inputs: dict, tiles=None, **options) -> None:
@@ -1146,25 +1134,14 @@ def test_fused_moe_of_nan():
     assert_agrees(out, reference.fused_moe(**inputs))
 
 
-def tiles() -> list:
-    return list(torch_mxfp8moe.configs.load("gfx950").tiles)
+TILES = [(kind, i) for kind in ("mxfp8", "bf16") for i in range(len(configs.load("gfx950", kind).tiles))]
 
 
-@pytest.mark.parametrize("rule", range(len(tiles())))
-def test_every_tile_of_the_configuration(rule):
-    """On a ragged problem with a tail in K; the scaled matrix instructions are there, no spills, LDS within 160 KiB."""
-    inputs = moe_inputs(T=45, H=288, I=160, E=3, K=2)
-    check_moe(inputs, tiles()[rule], **CLAMPED)
-    call = FusedMoe(**inputs, out=torch.empty(45, 288, dtype=torch.bfloat16))
-    (launches,) = fused_moe.plan(call, TARGET, tiles()[rule])
-    from torch_mxfp8moe.backends.triton.launch import compile_offline
-
-    for compiled in compile_offline(launches, TARGET):
-        text = compiled.asm["amdgcn"]
-        if "gemm" in compiled.name:
-            assert "v_mfma_scale_f32" in text and "_bf16 " not in text.replace("v_cvt_pk_bf16", "").replace("mov", "")
-        assert ".vgpr_spill_count: 0" in text and ".sgpr_spill_count: 0" in text
-        assert compiled.metadata.shared <= 160 * 1024
+@pytest.mark.parametrize("activation_dtype, rule", TILES)
+def test_every_tile_of_the_configuration(activation_dtype, rule):
+    """On a ragged problem with a tail in K."""
+    tiles = configs.load("gfx950", activation_dtype).tiles[rule]
+    check_moe(moe_inputs(T=45, H=288, I=160, E=3, K=2), tiles, activation_dtype=activation_dtype, **CLAMPED)
 
 
 # --- the checks, each with what it has to catch and the same without the fault
