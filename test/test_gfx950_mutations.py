@@ -5,18 +5,21 @@ check raised. The list is fixed; which line a pattern finds depends on Triton's 
 such line leaves the mutation out.
 """
 
-import importlib.util
 import re
 from dataclasses import dataclass
 
 import pytest
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+from torch_mxfp8moe.backends.triton import _interpreted
 
-from gfx950_mutants import SUBJECTS, subject
-from gfx950_simulator.assembly import AssemblyError
-from gfx950_simulator.machine import SimulationError
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+pytest.importorskip("numpy", "2.0")
+if _interpreted():
+    pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
+
+from gfx950_mutants import SUBJECTS, subject  # noqa: E402
+from gfx950_simulator.assembly import AssemblyError  # noqa: E402
+from gfx950_simulator.machine import SimulationError  # noqa: E402
 
 ENOUGH = 40
 """Mutations that have to be there and caught, whatever the version of Triton."""
