@@ -19,10 +19,10 @@ if _interpreted():
 
 import gfx950_kernels as kernels  # noqa: E402
 import gfx950_ops as ops  # noqa: E402
-from gfx950_kernels import compile_, execute, run  # noqa: E402
+from gfx950_kernels import compile_, compile_text, execute, run  # noqa: E402
 from gfx950_simulator import formats, hazards, launch  # noqa: E402
-from gfx950_simulator.assembly import AssemblyError, instruction, operand  # noqa: E402
-from gfx950_simulator.machine import SimulationError  # noqa: E402
+from gfx950_simulator.assembly import AssemblyError, instruction, operand, parse  # noqa: E402
+from gfx950_simulator.machine import Program, SimulationError  # noqa: E402
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 ONES, FOUR_WAVES = np.ones(64, np.uint32), np.arange(256, dtype=np.uint32)
@@ -890,6 +890,14 @@ def test_scaled_mfma_of_nan_scale():
 def test_unknown_instruction():
     with pytest.raises(AssemblyError, match=r"line \d+: v_frobnicate_b32 v1, v2: this instruction is not known"):
         execute("v_frobnicate_b32 v1, v2")
+
+
+def test_code_that_is_not_modelled():
+    text = compile_text(kernels.grid_kernel, dict(out="*i32"), {}).asm["amdgcn"]
+    with pytest.raises(AssemblyError, match="another architecture"):
+        Program(parse(text.replace("gfx950", "gfx942")))
+    with pytest.raises(SimulationError, match="mode denorm_mode_32 other than 3"):
+        Program(parse(text.replace("float_denorm_mode_32 3", "float_denorm_mode_32 0")))
 
 
 def test_operands():

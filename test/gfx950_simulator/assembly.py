@@ -182,6 +182,8 @@ def parse(text: str) -> Code:
         line = raw.split(";")[0].strip()
         if not line or line.startswith("//"):
             continue
+        if line.startswith(".amdgcn_target") and "gfx950" not in line:
+            raise AssemblyError(f"the code is for another architecture: {line}")
         if line.startswith(".amdhsa_kernel"):
             name, done = line.split()[1], True
         elif line.startswith(".amdhsa_") and done:

@@ -68,6 +68,9 @@ class Program:
 
     def __init__(self, code: Code):
         self.code = code
+        for name, value in (("denorm_mode_32", 3), ("denorm_mode_16_64", 3), ("round_mode_32", 0)):
+            if code.descriptor.get(f"float_{name}", value) != value:
+                raise SimulationError(f"{code.name}: floating-point mode {name} other than {value} is not modelled")
         self.instructions = code.instructions
         for instruction in self.instructions:
             decode(instruction)
