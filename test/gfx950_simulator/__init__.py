@@ -24,6 +24,6 @@ that is not in the table is an error.
 The sources are AMD's "CDNA4 Instruction Set Architecture" reference guide, LLVM's "User Guide for AMDGPU Backend" and
 Triton's definitions of layouts, as the modules say. Chapters are cited by the numbers that they have in the guide of
 CDNA3, whose order CDNA4's follows; numbers of wait states are LLVM's, which implements the guide's tables. What makes
-the reading of all this credible is that Triton's code, which runs on the hardware, gives right results here, and that small
-changes to it or to the semantics do not (test_gfx950_mutations.py).
+the reading of all this credible is that Triton's code, which runs on the hardware, gives right results here, and
+that small changes to it or to the semantics do not (test_gfx950_mutations.py).
 """
