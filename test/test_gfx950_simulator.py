@@ -1334,6 +1334,18 @@ def test_wait_states(what, body, states):
                 kernels.snippet(looped, 16, [])
 
 
+def test_wait_states_of_overwritten_results():
+    """What another instruction has written since is no result of the first."""
+    body = """
+    v_mfma_f32_16x16x4_f32 v[44:47], v1, v2, v[60:63]
+    s_nop 1
+    v_mfma_f32_16x16x4_f32 v[42:45], v1, v2, v[64:67]
+    v_mfma_f32_16x16x4_f32 v[40:43], v1, v2, v[42:45]"""
+    kernels.snippet(body, 2, [])
+    with pytest.raises(SimulationError, match="reads a result as C"):
+        kernels.snippet(body.replace("v[42:45], v1", "v[41:44], v1"), 2, [])
+
+
 def raise_as_error(body: str) -> None:
     with pytest.warns(hazards.CompilerDefect) as caught:
         kernels.snippet(body, 16, [])

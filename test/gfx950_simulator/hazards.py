@@ -81,12 +81,13 @@ def _partial(instruction: Instruction) -> bool:
     return instruction.unit in _VALU and len(op_sel) == 4 and bool(op_sel[3])
 
 
-def needed(first: Instruction, then: Instruction) -> tuple[int, str]:
-    """Wait states that ``then`` has to be away from ``first``, and why; 0: none."""
+def needed(first: Instruction, then: Instruction, overwritten: frozenset[int] = frozenset()) -> tuple[int, str]:
+    """Wait states that ``then`` has to be away from ``first``, and why; 0: none. overwritten: registers that
+    instructions between the two write, so that what ``first`` wrote there is gone."""
     found = [(0, "")]
     vector_then, memory_then, matrix_then = then.unit in _VALU, then.unit in _MEMORY, then.unit == "mfma"
-    written = {register for register in first.writes if register < SGPR}
-    scalars = {register - SGPR for register in first.writes if register >= SGPR}
+    written = {register for register in first.writes if register < SGPR} - overwritten
+    scalars = {register - SGPR for register in first.writes if register >= SGPR and register not in overwritten}
     reads, writes = set(then.reads), set(then.writes)
     if first.unit == "mfma":
         n = passes(first)
@@ -181,20 +182,24 @@ def violations(program: Program) -> list[Violation]:
     for then in instructions:
         if then.unit not in ("valu", "trans", "mfma", "vmem", "ds"):
             continue
-        nearest: dict[int, int] = {}
-        """By instruction: the fewest wait states from it to ``then``."""
-        open_ = [(index, 0) for index in before[then.index]]
+        ways: dict[int, list[tuple[int, frozenset[int]]]] = {}
+        """By instruction before: wait states from it to ``then``, and what is overwritten on the way."""
+        open_ = [(index, 0, frozenset()) for index in before[then.index]]
         while open_:
-            index, distance = open_.pop()
-            if nearest.get(index, LOOKBACK) <= distance:
+            index, distance, overwritten = open_.pop()
+            known = ways.setdefault(index, [])
+            if distance >= LOOKBACK or any(d <= distance and o <= overwritten for d, o in known):
                 continue
-            nearest[index] = distance
+            known.append((distance, overwritten))
             further = distance + _wait_states(instructions[index])
-            open_ += [(earlier, further) for earlier in before[index]]
-        for index, distance in nearest.items():
-            states, why = needed(instructions[index], then)
-            if distance < states:
-                found.append(Violation(instructions[index], then, distance, states, why))
+            more = overwritten.union(instructions[index].writes)
+            open_ += [(earlier, further, more) for earlier in before[index]]
+        for index, known in ways.items():
+            for distance, overwritten in known:
+                states, why = needed(instructions[index], then, overwritten)
+                if distance < states:
+                    found.append(Violation(instructions[index], then, distance, states, why))
+                    break
     return found
 
 
