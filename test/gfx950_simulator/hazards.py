@@ -182,6 +182,7 @@ def violations(program: Program) -> list[Violation]:
     for then in instructions:
         if then.unit not in ("valu", "trans", "mfma", "vmem", "ds"):
             continue
+        touched = frozenset(then.reads + then.writes)
         ways: dict[int, list[tuple[int, frozenset[int]]]] = {}
         """By instruction before: wait states from it to ``then``, and what is overwritten on the way."""
         open_ = [(index, 0, frozenset()) for index in before[then.index]]
@@ -192,7 +193,8 @@ def violations(program: Program) -> list[Violation]:
                 continue
             known.append((distance, overwritten))
             further = distance + _wait_states(instructions[index])
-            more = overwritten.union(instructions[index].writes)
+            hit = touched.intersection(instructions[index].writes)
+            more = overwritten | hit if hit else overwritten
             open_ += [(earlier, further, more) for earlier in before[index]]
         for index, known in ways.items():
             for distance, overwritten in known:
