@@ -99,7 +99,7 @@ class Device:
     def launch(
         self, kernel: Kernel, arguments: dict, grid: tuple[int, ...], observers: list[Observer] | None = None,
         preload: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> Statistics:  # fmt: skip
         """arguments: by name, as for Triton; those that the kernel was compiled for are left out.
 
         observers: all checks by default. preload: start where hardware starts that puts arguments into SGPRs.
@@ -113,8 +113,10 @@ class Device:
         )  # fmt: skip
         start = time.perf_counter()
         machine.run()
-        total.seconds += time.perf_counter() - start
-        total.wave_instructions += machine.executed
+        done = Statistics(machine.executed, time.perf_counter() - start)
+        total.wave_instructions += done.wave_instructions
+        total.seconds += done.seconds
+        return done
 
     def _segment(
         self, kernel: Kernel, arguments: dict, grid: tuple[int, int, int]
@@ -149,11 +151,12 @@ class Device:
 
 def simulate(
     launches: list, target, inputs: Iterable[torch.Tensor], observers=all_checks, texts: dict[int, str] | None = None
-) -> None:
+) -> list[Statistics]:
     """Compile a list of the package's ``Launch`` for ``target`` and execute it, in order, on the launches' tensors.
 
     inputs: tensors that hold something before the first launch; all others hold nothing defined. Afterwards the tensors
-    hold what the kernels wrote. texts: assembly to execute instead of what launch i compiles to.
+    hold what the kernels wrote. texts: assembly to execute instead of what launch i compiles to. Returns what each
+    launch took.
     """
     from torch_mxfp8moe.backends.triton.launch import compile_offline
 
@@ -169,6 +172,8 @@ def simulate(
     known = {x.untyped_storage().data_ptr() for x in inputs}
     uninitialised = [x for x in tensors.values() if x.untyped_storage().data_ptr() not in known]
     device = Device(tensors, uninitialised)
-    for launch, kernel in zip(launches, kernels):
-        device.launch(kernel, launch.arguments, launch.grid, observers())
+    statistics = [
+        device.launch(kernel, launch.arguments, launch.grid, observers()) for launch, kernel in zip(launches, kernels)
+    ]
     device.memory.copy_back()
+    return statistics
