@@ -30,7 +30,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_the_comparison_with_the_simulator(monkeypatch, capsys):
-    """The reference in the GPU's place: sums of another precision, so not quite the same bytes; the same in all runs."""
+    """The reference in the place of a GPU: other sums, so not quite the same bytes; the same ones in all runs."""
     monkeypatch.syspath_prepend(str(TOOLS))
     import settle_gfx950
 
