@@ -53,6 +53,7 @@ _FILES = {
             Silu = 0
             Gelu = 1
             Swiglu = 2
+            Situv2 = 3  # from v0.1.19 on
 
         class QuantType(Enum):
             No = 0

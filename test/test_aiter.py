@@ -4,7 +4,12 @@ aiter is the stand-in of ``aiter_stand_in.py``. Nothing here ran on a gfx950.
 """
 
 import importlib.util
+import os
+import re
+import runpy
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +21,21 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aiter_stand_in
+import shapes
 import torch_mxfp8moe
-from helpers import E4M3, E8M0, OPS, as_bytes, assert_agrees, error_of, moe_inputs, relative_l2, run_python, same_bytes
+from helpers import (
+    E4M3,
+    E8M0,
+    OPS,
+    PACKAGE,
+    as_bytes,
+    assert_agrees,
+    error_of,
+    moe_inputs,
+    relative_l2,
+    run_python,
+    same_bytes,
+)
 from test_triton import needs_triton, on_gpu
 from torch_mxfp8moe import dispatch, reference
 from torch_mxfp8moe.arguments import FusedMoe
@@ -30,6 +48,10 @@ SILU = dict(swiglu_alpha=1.0, swiglu_beta=0.0, swiglu_limit=None)
 CLAMPED = SILU | dict(swiglu_limit=0.75)
 OAI = dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.75)
 """The three activations, with limits low enough that they limit something in the tests."""
+
+
+ROUTES = backend.Aiter._routes
+"""The real one, which launches the kernel."""
 
 
 def shuffled(inputs: dict, pad_to: int = 1) -> dict:
@@ -140,7 +162,7 @@ def test_without_aiter(machine, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "aiter" else find(name))
     assert_expected_inline(
         machine(installed=False).why_unavailable(),
-        """aiter is not installed; it is built from source (https://github.com/ROCm/aiter, v0.1.17 or later): the package index's 'aiter' is another project and its 'amd-aiter' predates MXFP8""",  # noqa: E501, B950
+        """aiter is not installed; it is built from source (https://github.com/ROCm/aiter, v0.1.17 or later): the package index's 'aiter' is another project and its 'amd-aiter' predates MXFP8""",  # noqa: E501
     )
 
 
@@ -169,7 +191,7 @@ def test_something_else_called_aiter(machine, tmp_path, name):
 def test_the_package_indexs_amd_aiter_is_too_old(machine):
     assert_expected_inline(
         machine(version="0.1.7.post2").why_unavailable(),
-        """aiter 0.1.7.post2 is too old: its fused_moe takes no swiglu_limit, gate_mode; MXFP8 came with v0.1.17 (https://github.com/ROCm/aiter, v0.1.17 or later)""",  # noqa: E501, B950
+        """aiter 0.1.7.post2 is too old: its fused_moe takes no swiglu_limit, gate_mode; MXFP8 came with v0.1.17 (https://github.com/ROCm/aiter, v0.1.17 or later)""",  # noqa: E501
     )
 
 
@@ -177,7 +199,7 @@ def test_gate_mode_alone_does_not_make_mxfp8(machine):
     """v0.1.14 to v0.1.16: what vLLM's probe takes for enough."""
     assert_expected_inline(
         machine(version="0.1.14").why_unavailable(),
-        """aiter 0.1.14 is too old: it has no kernel flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui; MXFP8 came with v0.1.17 (https://github.com/ROCm/aiter, v0.1.17 or later)""",  # noqa: E501, B950
+        """aiter 0.1.14 is too old: it has no kernel flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui; MXFP8 came with v0.1.17 (https://github.com/ROCm/aiter, v0.1.17 or later)""",  # noqa: E501
     )
 
 
@@ -325,7 +347,7 @@ def test_explain_text(machine):
 fused_moe on cuda:0, T=5 H=256 I=128 E=4 K=2, layout aiter_gfx950, activations mxfp8: served by aiter
   note: aiter has no tuned kernel for T=5 H=256 I=128 E=4 K=2 on 256 compute units and chooses one by a rule of thumb; such shapes have faulted (https://github.com/ROCm/aiter/issues/5049)
   not triton: it could, but 'aiter' comes first
-  not reference: it could, but 'aiter' comes first""",  # noqa: E501, B950
+  not reference: it could, but 'aiter' comes first""",  # noqa: E501
     )
 
 
@@ -374,7 +396,7 @@ def test_weights_in_another_layout(machine):
         assert explained.backend == "triton"
         assert_expected_inline(
             explained.reasons["aiter"],
-            """it reads weights in layout 'aiter_gfx950', not 'row_major': preshuffle them once, at load, with pad_to=128 if I is not divisible by that""",  # noqa: E501, B950
+            """it reads weights in layout 'aiter_gfx950', not 'row_major': preshuffle them once, at load, with pad_to=128 if I is not divisible by that""",  # noqa: E501
         )
 
 
@@ -467,7 +489,7 @@ def test_sizes_that_it_would_floor_never_get_there(machine):
     inputs = moe_inputs(2, 256, 192)
     assert_expected_inline(
         error_of(lambda: shuffled(inputs)),
-        """preshuffle: weight does not fit: layout 'aiter_gfx950' takes intermediate sizes divisible by 128, not 192; pad_to rounds the intermediate size up""",  # noqa: E501, B950
+        """preshuffle: weight does not fit: layout 'aiter_gfx950' takes intermediate sizes divisible by 128, not 192; pad_to rounds the intermediate size up""",  # noqa: E501
     )
     assert "takes intermediate sizes divisible by 128, not 192" in error_of(
         lambda: torch_mxfp8moe.explain(**inputs | dict(layout="aiter_gfx950"))
@@ -644,6 +666,29 @@ def test_fake_tensors_do_not_reach_it(served):
         out = OPS.fused_moe(**fakes, backend="aiter")
         OPS.fused_moe.out(**fakes, out=out)
     assert out.shape == (5, 256) and out.dtype is torch.bfloat16 and not calls
+
+
+def test_nothing_is_read_on_the_host(served):
+    """Nor copied: what PyTorch itself does in a call is to allocate and to alias, which graph capture takes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    ran = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(str(function))
+            return function(*args, **kwargs or {})
+
+    result = torch.zeros(5, 256, dtype=torch.bfloat16)
+    served(lambda arguments: result)
+    here = dispatch.registered()["aiter"]
+    call = FusedMoe(**small(G=8), expert_map=torch.arange(8).int() - 4, num_tokens=torch.tensor([5]).int()).check()
+    here._plans[call.signature] = SimpleNamespace(run=lambda *arguments: ran.append("routes"))
+    with pytest.MonkeyPatch.context() as patch, Recorder(), torch.no_grad():
+        patch.setattr(backend.Aiter, "_routes", ROUTES)
+        patch.setattr(backend.TRITON, "target", lambda device: None)
+        assert here.why_not(call) is None and here.new_fused_moe(call) is result
+    assert ran == ["aten.empty.memory_format"] * 3 + ["routes"] + ["aten.detach.default"] * 2
 
 
 def test_a_gpu_that_is_not_the_current_one(served, monkeypatch):
@@ -952,7 +997,8 @@ print(len(aiter_stand_in.calls))
 @needs_interpreter
 def test_the_whole_call_with_the_kernel(tmp_path):
     """From the op through the interpreted kernel to the stand-in."""
-    assert run_python(WHOLE, str(tmp_path), TRITON_INTERPRET="1").split() == [str(len(KINDS))]  # none for no token, one more at the end
+    calls = len(KINDS)  # none for no token, and one more at the end
+    assert run_python(WHOLE, str(tmp_path), TRITON_INTERPRET="1").split() == [str(calls)]
 
 
 @needs_triton
@@ -1017,7 +1063,8 @@ def test_tuned_shapes(machine, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "tokens, bucket", [(1, 1), (2, 2), (3, 4), (17, 32), (16385, 32768), (32768, 32768), (131071, 32768), (10**6, 131072)]
+    "tokens, bucket",
+    [(1, 1), (2, 2), (3, 4), (17, 32), (16385, 32768), (32768, 32768), (131071, 32768), (10**6, 131072)],
 )
 def test_token_counts_of_the_tables(tokens, bucket):
     assert tuned.bucket(tokens) == bucket
@@ -1028,3 +1075,120 @@ def test_a_table_that_cannot_be_read_is_a_note(machine, monkeypatch):
     monkeypatch.setenv("AITER_CONFIG_FMOE", "/nowhere.csv")
     explained = torch_mxfp8moe.explain(**on_gpu_call())
     assert explained.backend == "aiter" and "raised FileNotFoundError" in explained.note
+
+
+# --- the program that holds a real aiter against all this
+
+
+PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "check_aiter.py"
+needs_program = pytest.mark.skipif(not PROGRAM.exists(), reason="needs the source tree")
+
+SHUFFLES = """
+    import torch
+    from test_layouts import scale_address, weight_address
+
+    def shuffle_weight(x, layout=(16, 16), use_int4=False, is_guinterleave=False, gate_up=False):
+        out, (E, R, C) = torch.empty_like(x).view(torch.uint8).flatten(), x.shape
+        at = [weight_address(e, r, c, R, C, gate_up) for e in range(E) for r in range(R) for c in range(C)]
+        out[at] = x.view(torch.uint8).flatten()
+        return out.view(x.dtype).view(x.shape)
+
+    def shuffle_scale(src, experts_cnt=None, is_guinterleave=False, gate_up=False):
+        R, C = src.shape
+        padded = -(-C // 8) * 8
+        E = experts_cnt or 1
+        out = torch.randint(256, (R * padded,), dtype=torch.uint8)
+        if gate_up:
+            out.fill_(0x7F)
+        rows = [(e, r) for e in range(E) for r in range(R // E)]
+        at = [scale_address(e, r, y, R // E, padded, gate_up) for e, r in rows for y in range(C)]
+        out[at] = src.flatten()
+        return out.view(R, padded)
+"""
+"""aiter's functions, written as arithmetic; what it leaves uninitialised is random."""
+
+
+@pytest.fixture
+def program(machine, monkeypatch):
+    """The program as a module, for two small shapes instead of those of shapes.csv."""
+    spec = importlib.util.spec_from_file_location("check_aiter", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    row = SimpleNamespace(name="small", hidden=256, intermediate=192, local=4, topk=2)
+    other = SimpleNamespace(name="refused", hidden=320, intermediate=128, local=4, topk=2)
+    monkeypatch.setattr(shapes, "rows", lambda: {"small": row, "refused": other})
+    return module
+
+
+@needs_program
+def test_the_program_skips_loudly(program, machine, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    machine(installed=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "aiter" else find(name))
+    assert program.check(256) == program.SKIPPED != 0
+    assert capsys.readouterr().err.startswith("SKIPPED, nothing was checked: aiter is not installed; ")
+
+
+@needs_program
+@pytest.mark.parametrize("version", aiter_stand_in.SUPPORTED)
+def test_the_program_takes_an_aiter_that_fits(program, machine, version, capsys):
+    """On a machine without a GPU."""
+    machine(arch=None, hip=None, version=version, files={"aiter/ops/shuffle.py": SHUFFLES})
+    assert program.check(256) == 0
+    said = capsys.readouterr().out
+    assert ", none unknown here" in said and "layouts of 1 shapes compared" in said
+    assert "refused: layout 'aiter_gfx950' takes hidden sizes divisible by 256, not 320" in said
+
+
+@needs_program
+@pytest.mark.parametrize(
+    "name, old, new, complaint",
+    [
+        ("aiter/__init__.py", "Swiglu = 2", "Swiglu = 4", "ActivationType.Swiglu is 4, not 2"),
+        ("aiter/__init__.py", "per_1x32 = 3", "per_1x32 = 7", "QuantType.per_1x32 is 7, not 3"),
+        ("aiter/ops/flydsl/moe_common.py", '"interleave"', '"gugu"', "GateMode.INTERLEAVE is 'gugu'"),
+        ("aiter/fused_moe.py", "fused_moe(", "fused_moe(layout_of_w3, ", "without a default, layout_of_w3"),
+        ("aiter/ops/shuffle.py", "R, C, gate_up)", "R, C, False)", "small w1: "),
+        ("aiter/ops/shuffle.py", "R // E, padded, gate_up)", "R // E, padded, False)", "small w1_scale: "),
+        ("aiter/ops/shuffle.py", "out[at] = src", "out[at[::-1]] = src", "small w2_scale: "),
+    ],
+)
+def test_the_program_finds_what_does_not_fit(program, machine, name, old, new, complaint, capsys):
+    files = {"aiter/ops/shuffle.py": SHUFFLES}
+    text = (aiter_stand_in._FILES | files)[name]
+    assert old in text
+    machine(files=files | {name: text.replace(old, new)})
+    assert program.check(256) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG: ")]
+    assert any(complaint in line for line in wrong), wrong
+
+
+@needs_program
+@needs_triton
+def test_the_program_measures_the_host():
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--overhead"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = re.search(
+        r"the stand-in ([\d.]+), the backend around it ([\d.]+), the op around both ([\d.]+)", done.stdout
+    )
+    assert all(float(number) > 0 for number in numbers.groups())
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / "setup.py").exists(), reason="needs the source tree")
+def test_no_extra_installs_the_wrong_aiter():
+    """Neither name of the package index is AMD's aiter with MXFP8, and none may come to be declared."""
+    declared = {}
+    with pytest.MonkeyPatch.context() as patch:
+        import setuptools
+
+        patch.setattr(setuptools, "setup", declared.update)
+        patch.setattr(sys, "argv", ["setup.py"])
+        runpy.run_path(str(PACKAGE.parent / "setup.py"))
+    names = [*declared["install_requires"], *(name for extra in declared["extras_require"].values() for name in extra)]
+    assert len(names) > 5 and not [name for name in names if "aiter" in name or "flydsl" in name]
+    assert not [extra for extra in declared["extras_require"] if "aiter" in extra]

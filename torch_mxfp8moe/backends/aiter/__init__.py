@@ -28,6 +28,7 @@ class Aiter(Backend):
 
     def __init__(self):
         self._plans = {}
+        """The routes' launch of every call that was served, by signature: the next call like it is served as well."""
         self.interface = cache(probe.load)
 
     @cache
@@ -40,6 +41,8 @@ class Aiter(Backend):
         return f"its routes take a Triton kernel, and: {reason}" if reason else None
 
     def why_not(self, call: Call) -> str | None:
+        if call.signature in self._plans:
+            return None
         if not isinstance(call, FusedMoe):
             return "it computes fused_moe only"
         arch = _architecture(call.device)
@@ -66,11 +69,11 @@ class Aiter(Backend):
                 self._plans.clear()
             if key is not None:
                 self._plans[key] = plan
-        memory = dict(
-            topk_ids=call.topk_ids, topk_weights=call.topk_weights, ids=ids, weights=weights, mask=mask,
-            expert_map=call.expert_map, num_tokens=call.num_tokens,
-        )  # fmt: skip
-        memory = {name: tensor for name, tensor in memory.items() if tensor is not None}
+        memory = dict(topk_ids=call.topk_ids, topk_weights=call.topk_weights, ids=ids, weights=weights, mask=mask)
+        if call.expert_map is not None:
+            memory["expert_map"] = call.expert_map
+        if call.num_tokens is not None:
+            memory["num_tokens"] = call.num_tokens
         plan.run(f"{call.op}, for backend 'aiter'", memory, device, TRITON.target(device))
         return ids, weights, mask
 
@@ -95,7 +98,7 @@ class Aiter(Backend):
                 weights,
                 ids,
                 expert_mask=mask,
-                activation=aiter.activations[rules.activation(call)],
+                activation=aiter.activations[rules.activation(call.swiglu_alpha, call.swiglu_beta)],
                 quant_type=aiter.quant_type,
                 w1_scale=as_bytes(call.w1_scale),
                 w2_scale=as_bytes(call.w2_scale),

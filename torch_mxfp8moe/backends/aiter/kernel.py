@@ -1,4 +1,4 @@
-""":func:`.routes.routes` as one small Triton kernel, so that nothing is read on the host, under graph capture either."""
+""":func:`.routes.routes` as one small Triton kernel: nothing is read on the host, under graph capture either."""
 
 import torch
 import triton

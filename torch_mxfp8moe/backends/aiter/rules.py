@@ -5,6 +5,7 @@ https://github.com/ROCm/aiter at commit e4048607a5.
 """
 
 import ctypes
+from functools import cache
 
 import torch
 
@@ -23,7 +24,7 @@ MOST_ROUTES = 126
 sort's own."""
 
 LARGEST_BYTES = 2**32
-"""What a kernel addresses of one tensor, by 32-bit offsets (aiter/ops/flydsl/kernels/mixed_moe_gemm_2stage_common.py)."""
+"""What a kernel addresses of one tensor by 32-bit offsets, aiter/ops/flydsl/kernels/mixed_moe_gemm_2stage_common.py."""
 
 LARGEST_TILE = 128
 """Rows that the sort pads an expert to, at most."""
@@ -36,10 +37,11 @@ def _fp32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def activation(call: FusedMoe) -> str | None:
-    """The name of aiter's ActivationType for ``call``; None if it has none."""
+@cache
+def activation(alpha: float, beta: float) -> str | None:
+    """The name of aiter's ActivationType for a SwiGLU; None if it has none."""
     for name, numbers in ACTIVATIONS.items():
-        if (_fp32(call.swiglu_alpha), _fp32(call.swiglu_beta)) == tuple(map(_fp32, numbers)):
+        if (_fp32(alpha), _fp32(beta)) == tuple(map(_fp32, numbers)):
             return name
     return None
 
@@ -75,7 +77,7 @@ def why_not(call: FusedMoe) -> str | None:
         return "it has no kernel for apply_router_weight_on_input"
     if call.w1_bias is not None or call.w2_bias is not None:
         return "its tuned kernels drop w1_bias and w2_bias"
-    name, limit = activation(call), call.swiglu_limit
+    name, limit = activation(call.swiglu_alpha, call.swiglu_beta), call.swiglu_limit
     if name is None:
         return (
             "it has swiglu_alpha, swiglu_beta of 1, 0 and of 1.702, 1, not of "

@@ -41,9 +41,7 @@ def files() -> list[Path]:
         return [Path(name) for name in named.split(os.pathsep)]
     spec = importlib.util.find_spec("aiter")
     folders = [Path(folder) / "configs" for folder in (spec and spec.submodule_search_locations) or ()]
-    return sorted(
-        path for folder in folders for path in folder.rglob("*tuned_fmoe*.csv") if "untuned" not in path.name
-    )
+    return sorted(path for folder in folders for path in folder.rglob("*tuned_fmoe*.csv") if "untuned" not in path.name)
 
 
 @cache
