@@ -30,6 +30,7 @@ from helpers import (
     PACKAGE,
     as_bytes,
     assert_agrees,
+    check_op,
     error_of,
     moe_inputs,
     relative_l2,
@@ -445,6 +446,19 @@ def test_biases_are_refused(machine, name):
     assert refusal(**bias) == "its tuned kernels drop w1_bias and w2_bias"
 
 
+@pytest.mark.parametrize("name", ("w1", "w1_scale", "w2", "w2_scale"))
+def test_weights_that_are_not_aligned_are_refused(served, name):
+    served()
+    inputs = small()
+    moved = torch.empty(inputs[name].numel() + 8, dtype=torch.uint8)[8:].view(inputs[name].dtype)
+    moved = moved.view(inputs[name].shape).copy_(inputs[name])
+    assert moved.data_ptr() % 16 == 8
+    assert torch_mxfp8moe.explain(**inputs).backend == "aiter"
+    explained = torch_mxfp8moe.explain(**inputs | {name: moved})
+    assert explained.backend == "reference"  # on tensors of the CPU
+    assert explained.reasons["aiter"] == f"its kernels read 16 bytes at a time, and {name} is not aligned to that"
+
+
 def test_hidden_states_that_are_quantised_are_refused(machine):
     machine()
     x = on_gpu({k: v for k, v in moe_inputs(5, 256, 128, scaled=True).items() if k.startswith("hidden_states")})
@@ -614,9 +628,11 @@ def test_strided_and_misaligned_activations(served):
         wide = torch.zeros(5, inputs[name].shape[1] + 3, dtype=inputs[name].dtype)
         wide[:, 1:-2] = inputs[name]
         strided[name] = wide[:, 1:-2]
+    padded = torch.zeros(5, 264, dtype=torch.bfloat16)[:, :256].copy_(inputs["hidden_states"])
+    assert padded.data_ptr() % 16 == 0
     misaligned = torch.empty(5 * 256 + 1, dtype=torch.bfloat16)[1:].view(5, 256).copy_(inputs["hidden_states"])
     assert misaligned.is_contiguous() and misaligned.data_ptr() % 16
-    for call in (strided, dict(inputs, hidden_states=misaligned)):
+    for call in (strided, dict(inputs, hidden_states=padded), dict(inputs, hidden_states=misaligned)):
         assert same_bytes(OPS.fused_moe(**call), OPS.fused_moe(**inputs))
     for arguments in calls:
         check_arguments(arguments, inputs)
@@ -633,30 +649,47 @@ def test_parameters_and_views_of_weights(served):
         check_arguments(calls[-1], inputs | weights)
 
 
+@pytest.mark.parametrize("with_out", (False, True))
 @pytest.mark.parametrize("options", (SILU, OAI), ids=("silu", "oai"))
-def test_compiled(served, options):
+def test_compiled(served, options, with_out):
     """One opaque node in a full graph; the arguments are those of an eager call, for any number of tokens."""
     calls = served()
+    torch._dynamo.reset()
     graphs = []
 
-    def backend(graph, example):
+    def compile_and_keep(graph, example):
+        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, example)  # may ask for another graph
         graphs.append(graph)
-        return graph.forward
+        return compiled
 
-    @torch.compile(fullgraph=True, backend=backend, dynamic=True)
+    @torch.compile(fullgraph=True, backend=compile_and_keep, dynamic=True)
     def step(**tensors):
         return torch_mxfp8moe.fused_moe(**tensors, **options, layout="aiter_gfx950") * 1
 
     for T in (5, 3, 8):
         inputs = small(T)
         layout = inputs.pop("layout")
+        out = dict(out=torch.empty(T, 256, dtype=torch.bfloat16)) if with_out else {}
         with torch.no_grad():
-            got = step(**inputs)
+            got = step(**inputs, **out)
         assert_agrees(got, reference.fused_moe(**inputs, **options, layout=layout))
+        assert not with_out or same_bytes(got, out["out"])
         check_arguments(calls[-1], inputs, **options)
-    assert len(graphs) == 1 and len(calls) == 3
+    assert len(graphs) == 1
     targets = [str(node.target) for node in graphs[0].graph.nodes if "mxfp8moe" in str(node.target)]
-    assert targets == ["mxfp8moe.fused_moe"]
+    assert targets == [f"mxfp8moe.fused_moe{'.out' if with_out else ''}"] and len(calls) == 3
+
+
+@pytest.mark.parametrize("with_out", (False, True))
+def test_opcheck(served, with_out):
+    served()
+    inputs = small(G=6) | dict(expert_map=torch.tensor([3, -1, 0, 1, -1, 2], dtype=torch.int32), backend="aiter")
+    names = ("hidden_states", "w1", "w1_scale", "w2", "w2_scale", "topk_weights", "topk_ids")
+    positional = tuple(inputs.pop(name) for name in names)
+    if with_out:
+        check_op(OPS.fused_moe.out, positional, inputs | dict(out=torch.zeros(5, 256, dtype=torch.bfloat16)))
+    else:
+        check_op(OPS.fused_moe.default, positional, inputs)
 
 
 def test_fake_tensors_do_not_reach_it(served):

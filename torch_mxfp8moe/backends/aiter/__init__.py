@@ -83,7 +83,7 @@ class Aiter(Backend):
         aiter = self.interface()
         ids, weights, mask = self._routes(call)
         x = call.hidden_states
-        if not x.is_contiguous() or x.data_ptr() % 16:  # aiter reads 16 bytes at a time
+        if not x.is_contiguous() or not rules.aligned(x):
             x = x.clone(memory_format=torch.contiguous_format)
         # aiter asks the tensors themselves whether they are shuffled. They are; the caller's are left as they are.
         w1, w2 = call.w1.detach(), call.w2.detach()

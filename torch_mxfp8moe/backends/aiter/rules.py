@@ -23,6 +23,9 @@ MOST_ROUTES = 126
 """A sorted id has 8 bits for the slot, which the quantiser reads as signed; one slot more is added, and one is the
 sort's own."""
 
+ALIGNMENT = 16
+"""Bytes that a kernel reads at a time."""
+
 LARGEST_BYTES = 2**32
 """What a kernel addresses of one tensor by 32-bit offsets, aiter/ops/flydsl/kernels/mixed_moe_gemm_2stage_common.py."""
 
@@ -44,6 +47,14 @@ def activation(alpha: float, beta: float) -> str | None:
         if (_fp32(alpha), _fp32(beta)) == tuple(map(_fp32, numbers)):
             return name
     return None
+
+
+def aligned(x: torch.Tensor) -> bool:
+    """Whether kernels can read ``x`` from its first byte on; True for a tensor without memory."""
+    try:
+        return x.data_ptr() % ALIGNMENT == 0
+    except RuntimeError:  # a fake one
+        return True
 
 
 def _largest(call: FusedMoe) -> tuple[int, str]:
@@ -94,6 +105,9 @@ def why_not(call: FusedMoe) -> str | None:
         return f"its kernels take at most {MOST_ROUTES} experts per token, not {call.topk}"
     if call.tokens >= MOST_TOKENS:
         return f"its kernels take fewer than {MOST_TOKENS} tokens, not {call.tokens}"
+    for name in ("w1", "w1_scale", "w2", "w2_scale"):
+        if not aligned(getattr(call, name)):
+            return f"its kernels read {ALIGNMENT} bytes at a time, and {name} is not aligned to that"
     size, what = _largest(call)
     if size >= LARGEST_BYTES:
         return f"its kernels address less than {LARGEST_BYTES} bytes of a tensor, and {what} has {size}"
