@@ -18,13 +18,16 @@ if MODE not in ("auto", "require", "skip"):
     sys.exit(f"MXFP8MOE_EXTENSION is '{MODE}'; it takes auto, require or skip")
 
 try:
-    import torch  # noqa: F401
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
         "torch_mxfp8moe builds against the torch that you run it with, and finds none. Install torch 2.11 or later "
         "first, then: pip install --no-build-isolation ."
     )
+
+# GPU builds of torch bring the Triton that they need (under another name on AMD), CPU builds none.
+TRITON = [] if torch.version.cuda or torch.version.hip else ["triton>=3.6,<3.10; sys_platform == 'linux'"]
 
 LOUD = """
 ==============================================================================================
@@ -82,12 +85,14 @@ setup(
     extras_require={
         "test": [
             "pytest",
+            "pytest-xdist",
             "expecttest",
             "hypothesis",
             "numpy",
             "safetensors",
             "torchao==0.18.*",
             "torch-abi-audit; python_version >= '3.11'",
+            *TRITON,
         ]
     },
     packages=find_packages(include=["torch_mxfp8moe*"]),

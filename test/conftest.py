@@ -14,6 +14,27 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, databas
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    text = "where the ops run: cpu (default); cuda, NVIDIA's or AMD's; interpreter, Triton kernels without a GPU"
+    parser.addoption("--device", choices=("cpu", "cuda", "interpreter"), default="cpu", help=text)
+
+
+def pytest_configure(config):
+    os.environ["MXFP8MOE_TEST_DEVICE"] = config.getoption("--device")  # device.py reads it, in subprocesses too
+    import device
+
+    why_not = device.why_not(device.NAME)
+    if why_not:
+        raise pytest.UsageError(f"--device {device.NAME}: {why_not}")
+
+
+def pytest_report_header(config):
+    import device
+
+    gpu = f", {torch.cuda.get_device_name()}" if device.NAME == "cuda" else ""
+    return f"device: {device.NAME}{gpu}"
+
+
 @pytest.fixture(autouse=True)
 def thread_count():
     """A test that fails while it has changed the number of threads does not change that of the next."""

@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from torch.library import opcheck
 
+import device  # before torch_mxfp8moe
 import torch_mxfp8moe
+from device import DEVICE
 from torch_mxfp8moe import extension
 
 HERE = Path(__file__).resolve().parent
@@ -25,23 +28,36 @@ MODES = ("rceil", "floor", "ceil", "even")
 ERRORS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 """What a wrong call may raise, by the contract; an AttributeError, for instance, is a defect."""
 
+BACKEND = "triton" if device.NAME != "cpu" else "cpu" if extension.MODULE is not None else "reference"
+"""What serves every call on ``DEVICE`` that names no other."""
+
+only_cpu = pytest.mark.skipif(device.NAME != "cpu", reason="says nothing about another device")
+
 needs_extension = pytest.mark.skipif(
-    extension.MODULE is None, reason=f"needs the C++ extension: {extension.WHY_MISSING}"
+    BACKEND != "cpu", reason=f"needs the C++ kernels: {extension.WHY_MISSING or f'calls go to {BACKEND}'}"
 )
 
 kernels = pytest.mark.kernels
 """On tests that reach the CPU kernels: run again for each instruction set (``test_extension.py``)."""
+
+small = pytest.mark.small
+"""On tests that are quick in Triton's interpreter too: together every argument (``test_triton_interpreter.py``)."""
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 2e-3}
 """Relative L2 of a bundled backend against the reference, by output dtype."""
 
 
 def generator(seed: int) -> torch.Generator:
+    """On the CPU, whatever the device: a seed gives the same values everywhere."""
     return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape, generator=generator(seed)) * scale).to(dtype)
+    return (torch.randn(*shape, generator=generator(seed), device="cpu") * scale).to(DEVICE, dtype)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=generator(seed), device="cpu").to(DEVICE)
 
 
 def weights(E: int, R: int, C: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +66,7 @@ def weights(E: int, R: int, C: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 
 def random_bytes(*shape: int, seed: int = 0, low: int = 0, high: int = 256) -> torch.Tensor:
-    return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator(seed))
+    return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator(seed), device="cpu").to(DEVICE)
 
 
 def moe_inputs(
@@ -74,8 +90,8 @@ def moe_inputs(
     adds both biases; ``scaled`` gives hidden states that are MXFP8 already.
     """
     seed *= 100
-    ids = torch.rand(T, max(G or E, K), generator=generator(seed)).argsort(1)[:, :K] % (G or E)
-    routing = torch.rand(T, K, generator=generator(seed + 1)) + 0.1
+    ids = rand(T, max(G or E, K), seed=seed).argsort(1)[:, :K] % (G or E)
+    routing = rand(T, K, seed=seed + 1) + 0.1
     w1, w1_scale = weights(E, 2 * I, H, seed + 2)
     w2, w2_scale = weights(E, H, I, seed + 3)
     inputs = dict(
@@ -123,7 +139,7 @@ def relative_l2(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def assert_agrees(got: torch.Tensor, want: torch.Tensor, tolerance: float | None = None) -> None:
     """The same shape and dtype, NaN and Inf in the same places, values within ``tolerance`` (the contract's)."""
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
+    assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device)
     assert torch.equal(got.isfinite(), want.isfinite())
     error = relative_l2(got.nan_to_num(0, 0, 0), want.nan_to_num(0, 0, 0))
     assert error <= (tolerance or TOLERANCE[want.dtype]), f"relative L2 {error:.2e}"
@@ -139,7 +155,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def check_op(op, args: tuple, kwargs: dict | None = None) -> None:
-    """``torch.library.opcheck``, also for ops with fp8 inputs on the CPU.
+    """``torch.library.opcheck``, also for ops with fp8 inputs.
 
     Its ``test_schema`` cannot compare those ("mul_cpu_reduced_float not implemented for 'Float8_e4m3fn'"); for them
     what it would look at is compared by bytes here: inputs that the schema does not call mutable keep their bytes and
@@ -165,6 +181,31 @@ def check_op(op, args: tuple, kwargs: dict | None = None) -> None:
     storages = [x.untyped_storage().data_ptr() for x in (*tensors.values(), *outputs) if x.numel()]
     inputs = [x.untyped_storage().data_ptr() for x in tensors.values() if x.numel()]
     assert len(set(storages)) == len(set(inputs)) + sum(x.numel() > 0 for x in outputs), "an output shares memory"
+
+
+@cache
+def aot_inductor_why_not() -> str | None:
+    """Why AOTInductor itself does not work here on ``DEVICE``, or None: a package of x + 1 is loaded and run, in a
+    process that may crash. (One machine's linker put a second C++ library into every package: all crashed.)"""
+    code = """
+import sys
+import torch
+
+class Plus(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+
+x = torch.ones(3, device=sys.argv[1])
+with torch.no_grad():
+    program = torch.export.export(Plus(), (x,))
+    package = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+assert package(x).tolist() == [2, 2, 2]
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(DEVICE)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    return f"AOTInductor does not run a package of x + 1 here: exit status {done.returncode} {last}"
 
 
 def run_python(code: str, *args: str, timeout: float = 300, **env: str) -> str:

@@ -23,6 +23,7 @@ SCALE_VALUES = np.array([2.0 ** (byte - 127) for byte in range(255)] + [np.nan])
 
 def array(x: torch.Tensor) -> np.ndarray:
     """A tensor's values as float64; its bytes, if it holds e4m3fn codes or scale bytes."""
+    x = x.cpu()
     if x.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
         return x.contiguous().view(torch.uint8).numpy()
     return x.numpy() if x.dtype in (torch.uint8, torch.int32, torch.int64) else x.double().numpy()
@@ -95,7 +96,7 @@ def fused_moe(
     """out [T, H] in float64, of weights in checkpoint order."""
     activation = {"mxfp8": mxfp8, "bf16": bf16}[activation_dtype]
     gate_up, down = decode(w1, w1_scale), decode(w2, w2_scale)
-    routing = topk_weights.float().double().numpy()
+    routing = array(topk_weights.float())
     experts, hidden, intermediate = down.shape
     out = np.zeros((len(hidden_states), hidden))
     for t in range(len(hidden_states)):

@@ -33,6 +33,7 @@ from helpers import (
     check_op,
     error_of,
     moe_inputs,
+    only_cpu,
     relative_l2,
     run_python,
     same_bytes,
@@ -44,6 +45,8 @@ from torch_mxfp8moe.backends import aiter as backend
 from torch_mxfp8moe.backends import registered, triton
 from torch_mxfp8moe.backends.aiter import probe, rules, tuned
 from torch_mxfp8moe.backends.aiter.routes import routes
+
+pytestmark = only_cpu
 
 SILU = dict(swiglu_alpha=1.0, swiglu_beta=0.0, swiglu_limit=None)
 CLAMPED = SILU | dict(swiglu_limit=0.75)

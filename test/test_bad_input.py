@@ -9,7 +9,8 @@ from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mxfp8moe
-from helpers import E4M3, E8M0, ERRORS, OPS, as_bytes, error_of, moe_inputs, randn, run_python
+from device import DEVICE
+from helpers import BACKEND, E4M3, E8M0, ERRORS, OPS, as_bytes, error_of, moe_inputs, randn, run_python
 
 NAN, INF = float("nan"), float("inf")
 
@@ -34,13 +35,16 @@ CALLS = valid()
 
 
 def message(name: str, **wrong) -> str:
-    """Of the error that a call raises with some arguments wrong; the same whether C++ or Python is asked first."""
+    """Of the error that a call raises with some arguments wrong; the same whether C++ or Python is asked first.
+
+    It calls the device that is tested cpu, whatever it is.
+    """
     op, arguments = CALLS[name]
     arguments = arguments | wrong
     text = error_of(lambda: op(**arguments))
     if name.startswith("fused_moe") and "backend" not in wrong:
         assert error_of(lambda: op(**arguments, backend="reference")) == text
-    return text
+    return text.replace(str(DEVICE), "cpu")
 
 
 def messages(name: str, *changes: dict) -> str:
@@ -81,7 +85,7 @@ def test_quantize_1x32():
             dict(x=every_second_column(x)),
             dict(x=x[:1, :1].expand(4, 64)),
             dict(x=x.to_sparse()),
-            dict(x=x.to_mkldnn()),
+            dict(x=x.cpu().to_mkldnn()),
             dict(scale_rounding="RCEIL"),
             dict(scale_rounding=""),
         ),
@@ -495,6 +499,22 @@ fused_moe: num_tokens has dtype float32; it takes int32""",
     )
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a second device")
+def test_a_tensor_on_the_cpu_beside_those_on_the_gpu():
+    """Also one of a single element, which PyTorch's own ops would take from the CPU."""
+    for name, (op, arguments) in valid().items():
+        if name.startswith("fused_moe"):
+            E = len(arguments["w1"])
+            arguments |= dict(
+                w1_bias=randn(E, 64), w2_bias=randn(E, 64), expert_map=torch.arange(E, dtype=torch.int32),
+                num_tokens=torch.tensor(4, dtype=torch.int32),
+            )  # fmt: skip
+        first, *rest = (key for key, x in arguments.items() if isinstance(x, torch.Tensor))
+        for key in rest:
+            text = error_of(lambda: op(**arguments | {key: arguments[key].cpu()}))
+            assert text == f"{name.split('.')[0]}: {key} is on cpu; it takes the device of {first}, {DEVICE}"
+
+
 def test_fused_moe_options():
     assert_expected_inline(
         messages(
@@ -905,9 +925,10 @@ def throw(seed: int, count: int) -> dict[str, int]:
 @pytest.mark.parametrize("seed", range(4))
 def test_thousands_of_wrong_calls(seed):
     """In a process of their own, so that a crash is a failure with a message instead of the end of the run."""
-    code = f"import faulthandler, test_bad_input; faulthandler.enable(); print(test_bad_input.throw({seed}, 1500))"
+    count = 200 if BACKEND == "triton" else 1500  # every new shape of a valid call compiles kernels
+    code = f"import faulthandler, test_bad_input; faulthandler.enable(); print(test_bad_input.throw({seed}, {count}))"
     outcomes = eval(run_python(code))
-    assert outcomes["refused"] > 1200 and outcomes["valid"] > 80
+    assert outcomes["refused"] > 0.8 * count and outcomes["valid"] > 0.05 * count
 
 
 def test_mistakes_are_of_every_kind():

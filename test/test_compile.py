@@ -9,8 +9,9 @@ import torch
 from expecttest import assert_expected_inline
 from torch._dynamo.decorators import mark_unbacked
 
+import device
 import torch_mxfp8moe
-from helpers import E8M0, FLOATS, MODES, OPS, moe_inputs, randn, run_python, same_bytes
+from helpers import E8M0, FLOATS, MODES, OPS, aot_inductor_why_not, moe_inputs, randn, run_python, same_bytes
 
 TOKEN_COUNTS = (8, 4, 3, 1, 0, 2)
 
@@ -59,7 +60,7 @@ def moe(x, topk_weights, topk_ids, **options):
 def moe_out(x, topk_weights, topk_ids):
     out = torch.empty_like(x)
     moe(x, topk_weights, topk_ids, out=out)
-    return out * 2
+    return torch.mul(out, 2)  # traced the same with and without a default device, which out * 2 is not
 
 
 def pipeline(x, topk_weights, topk_ids):
@@ -139,7 +140,7 @@ def test_nodes_of_fused_moe_out():
         """\
 call_function <built-in method empty_like>
 call_function mxfp8moe.fused_moe.out
-call_function <built-in function mul>""",
+call_function <built-in method mul>""",
     )
 
 
@@ -394,6 +395,8 @@ def test_aot_inductor_package(tmp_path):
     AOTInductor of torch 2.11 hands an op's ScalarType to it in the numbering of exported programs (13, its bfloat16, is
     c10's QUInt8), so that dequantize_1x32, whose dtype is one, has to be left out there.
     """
+    if device.NAME == "cuda" and aot_inductor_why_not():
+        pytest.skip(aot_inductor_why_not())
     dequantize = torch.__version__ >= (2, 12)
     model = Model(dequantize)
     with torch.no_grad():

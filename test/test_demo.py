@@ -16,6 +16,9 @@ from model import mean_loss  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 import torch_mxfp8moe  # noqa: E402
+from helpers import only_cpu  # noqa: E402
+
+pytestmark = only_cpu
 
 WEIGHTS = DEMO / "weights"
 

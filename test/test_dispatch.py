@@ -7,7 +7,20 @@ import torch
 from expecttest import assert_expected_inline
 
 import torch_mxfp8moe
-from helpers import ERRORS, OPS, error_of, moe_inputs, needs_extension, randn, run_python, same_bytes
+from device import DEVICE
+from helpers import (
+    BACKEND,
+    ERRORS,
+    OPS,
+    error_of,
+    moe_inputs,
+    needs_extension,
+    only_cpu,
+    randn,
+    run_python,
+    same_bytes,
+    small,
+)
 from torch_mxfp8moe import dispatch, extension, reference
 
 REGISTERED = sys.modules["torch_mxfp8moe.backends"].registered
@@ -26,7 +39,7 @@ from torch_mxfp8moe.backends import Backend
 
 class Fake(Backend):
     name = "fake"
-    priority = 50
+    priority = 75
     description = "sevens"
     unavailable = None
     refusal = None
@@ -80,7 +93,7 @@ def test_a_backend_that_does_not_load_is_a_no_with_its_reason(broken):
     status = torch_mxfp8moe.backends()["broken"]
     assert not status.usable and status.reason == "importing it raised RuntimeError: no driver"
     explained = torch_mxfp8moe.explain(**moe_inputs())
-    assert explained.backend in ("cpu", "reference") and explained.reasons["broken"] == status.reason
+    assert explained.backend == BACKEND and explained.reasons["broken"] == status.reason
 
 
 @needs_extension
@@ -164,6 +177,7 @@ fused_moe: backend 'cpu' does not serve this call: it reads weights in layout 'r
     )
 
 
+@only_cpu
 def test_explain_text_of_a_named_backend(only_bundled, monkeypatch):
     monkeypatch.setattr(extension, "WHY_MISSING", None)
     assert_expected_inline(
@@ -186,6 +200,7 @@ fused_moe on meta, T=4 H=64 I=32 E=4 K=2, layout row_major, activations mxfp8: s
     )
 
 
+@only_cpu
 def test_explain_text_without_the_extension(only_bundled, monkeypatch):
     monkeypatch.setattr(extension, "WHY_MISSING", "the C++ extension was not built: here would be how to")
     assert_expected_inline(
@@ -194,6 +209,14 @@ def test_explain_text_without_the_extension(only_bundled, monkeypatch):
 fused_moe on cpu, T=4 H=64 I=32 E=4 K=2, layout row_major, activations mxfp8: served by reference
   not cpu: the C++ extension was not built: here would be how to""",
     )
+
+
+@small
+def test_explain_names_what_the_tests_on_this_device_are_about():
+    explained = torch_mxfp8moe.explain(**moe_inputs())
+    assert explained.backend == BACKEND and str(explained).startswith(f"fused_moe on {DEVICE}, T=4 ")
+    if DEVICE.type != "cpu":
+        assert explained.reasons["cpu"] == f"the tensors are on {DEVICE}, not on the CPU"
 
 
 def test_explain_raises_what_the_call_raises():
@@ -220,8 +243,9 @@ def test_a_named_backend_serves_the_call():
     assert same_bytes(OPS.fused_moe(**inputs, backend="reference"), reference.fused_moe(**inputs))
 
 
-@needs_extension
-def test_the_cpu_backend_does_not_run_the_reference(monkeypatch):
+@small
+@pytest.mark.skipif(BACKEND == "reference", reason="calls go to the reference")
+def test_a_backend_does_not_run_the_reference(monkeypatch):
     inputs = moe_inputs(bias_dtype=torch.float32)
 
     def called(*args, **kwargs):
@@ -229,7 +253,7 @@ def test_the_cpu_backend_does_not_run_the_reference(monkeypatch):
 
     for name in ("fused_moe", "quantize_1x32", "dequantize_1x32", "preshuffle"):
         monkeypatch.setattr(reference, name, called)
-    for backend in ("auto", "cpu"):
+    for backend in ("auto", BACKEND):
         OPS.fused_moe(**inputs, backend=backend)
     data, scale = OPS.quantize_1x32(randn(2, 64))
     OPS.dequantize_1x32(data, scale, dtype=torch.float32)
@@ -248,7 +272,8 @@ def test_an_unknown_backend_is_an_error(only_bundled):
 
 
 def test_a_new_module_is_found_and_listed(fake):
-    assert list(torch_mxfp8moe.backends())[-2:] == ["fake", "reference"]
+    names = list(torch_mxfp8moe.backends())
+    assert names.index("cpu") < names.index("fake") < names.index("reference")
     assert torch_mxfp8moe.backends()["fake"].usable
 
 
@@ -287,7 +312,7 @@ def test_an_exception_while_probing_is_a_reason(fake, where, error):
     inputs = moe_inputs(T=3)
     text = f"raised {type(error).__name__}: {error}"
     explained = torch_mxfp8moe.explain(**inputs)
-    assert explained.backend in ("cpu", "reference") and explained.reasons["fake"].endswith(text)
+    assert explained.backend == BACKEND and explained.reasons["fake"].endswith(text)
     status = torch_mxfp8moe.backends()["fake"]
     assert status.usable == (where == "refusal") and (status.usable or status.reason.endswith(text))
     assert text in error_of(lambda: OPS.fused_moe(**inputs, backend="fake"))
@@ -297,6 +322,7 @@ def test_an_exception_while_probing_is_a_reason(fake, where, error):
 # --- imports
 
 
+@only_cpu
 def test_nothing_imports_another_backends_package():
     """In a fresh interpreter nobody so much as looks for triton, aiter, flydsl or torchao."""
     code = """
@@ -324,6 +350,7 @@ print(set(looked_for) - {"triton"})
     assert run_python(code).split() == ["[]", "set()"]
 
 
+@only_cpu
 def test_import_is_light():
     """Importing adds neither the compiler stack nor numpy's test modules to what torch itself loads."""
     code = """

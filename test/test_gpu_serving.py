@@ -5,7 +5,7 @@ import torch
 
 import torch_mxfp8moe
 from gpu import needs_gpu, on_gpu
-from helpers import OPS, assert_agrees, moe_inputs, run_python, same_bytes
+from helpers import OPS, aot_inductor_why_not, assert_agrees, moe_inputs, run_python, same_bytes
 from torch_mxfp8moe import reference
 from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.backends.triton import BACKEND
@@ -20,7 +20,7 @@ def sample(T: int = 40, seed: int = 0, **sizes) -> dict:
     sizes = dict(H=160, I=96, E=5, K=3, G=9, bias_dtype=torch.float32) | sizes
     inputs = on_gpu(moe_inputs(T=T, seed=seed, **sizes))
     generator = torch.Generator().manual_seed(seed)
-    inputs["expert_map"] = torch.randperm(9, generator=generator).int().sub(4).cuda()
+    inputs["expert_map"] = torch.randperm(9, generator=generator, device="cpu").int().sub(4).cuda()
     inputs["num_tokens"] = torch.tensor([T - seed % 3], dtype=torch.int32, device="cuda")
     return inputs
 
@@ -369,6 +369,7 @@ class Layer(torch.nn.Module):
 def test_compiled_models(mode, dynamic):
     """Whole graph, few compilations for many token counts, the eager result."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     layer = Layer()
     step = torch.compile(layer, fullgraph=True, mode=mode, dynamic=dynamic)
@@ -395,6 +396,8 @@ def test_compiled_calls_give_the_eager_bits():
 
 def test_aot_inductor(tmp_path):
     """Exported with a symbolic token count, packaged, loaded in a fresh process: the eager result."""
+    if aot_inductor_why_not():
+        pytest.skip(aot_inductor_why_not())
     layer = Layer()
     x = torch.randn(8, 160, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():

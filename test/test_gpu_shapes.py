@@ -22,7 +22,11 @@ IN_FULL = (
 )
 """Rows that run with every one of ``TOKENS``; the others run with a few."""
 
-CASES = [(name, T) for name in rows() for T in (TOKENS if name in IN_FULL else FEW_TOKENS)]
+CASES = [
+    pytest.param(name, T, marks=pytest.mark.xdist_group(name))  # one process makes a row's weights
+    for name in rows()
+    for T in (TOKENS if name in IN_FULL else FEW_TOKENS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +105,14 @@ def test_quantize_gives_the_cpu_kernels_bytes(dtype):
     generator = torch.Generator().manual_seed(1)
     for i in range(rounds):
         # Blocks around every power of two, values below their largest by all factors, and now and then any bits at all.
-        exponent = torch.randint(-149, 128, (size // 32, 1), generator=generator).float()
-        below = torch.rand(size // 32, 32, generator=generator) * (i % 5) * 4
-        x = torch.randn(size // 32, 32, generator=generator) * torch.exp2(exponent - below)
+        exponent = torch.randint(-149, 128, (size // 32, 1), generator=generator, device="cpu").float()
+        below = torch.rand(size // 32, 32, generator=generator, device="cpu") * (i % 5) * 4
+        x = torch.randn(size // 32, 32, generator=generator, device="cpu") * torch.exp2(exponent - below)
         if i % 5 == 4:
-            x = torch.randint(-(2**31), 2**31, x.shape, generator=generator, dtype=torch.int32).view(torch.float32)
+            bits = torch.randint(-(2**31), 2**31, x.shape, generator=generator, device="cpu", dtype=torch.int32)
+            x = bits.view(torch.float32)
         if i % 5 == 0:  # just around the points where the scale changes
-            ulp = torch.randint(-30, 31, (size // 32,), generator=generator, dtype=torch.int32)
+            ulp = torch.randint(-30, 31, (size // 32,), generator=generator, device="cpu", dtype=torch.int32)
             x[:, 0] = (torch.exp2(exponent[:, 0]) * 1.75).view(torch.int32).add_(ulp).view(torch.float32)
         x = x.to(dtype)
         on_gpu = x.cuda()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import only_cpu
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "torch_mxfp8moe")
 
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+pytestmark = [only_cpu, pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")]
 
 
 def install(folder: Path, **environment: str) -> subprocess.CompletedProcess:

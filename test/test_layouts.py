@@ -6,9 +6,11 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import E4M3, random_bytes
+from helpers import E4M3, only_cpu, random_bytes
 from torch_mxfp8moe import LAYOUTS
 from torch_mxfp8moe.layouts import pad_intermediate, padded_intermediate
+
+pytestmark = only_cpu
 
 AITER = LAYOUTS["aiter_gfx950"]
 

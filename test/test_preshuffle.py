@@ -14,6 +14,7 @@ from helpers import (
     moe_inputs,
     random_bytes,
     same_bytes,
+    small,
 )
 from test_layouts import scale_address, weight_address
 from torch_mxfp8moe import LAYOUTS, reference
@@ -68,6 +69,7 @@ def expected(weight, scale, layout, gate_up, pad_to):
     return data.view(E, rows, columns).view(E4M3), scales.view(shape)
 
 
+@small
 def test_bytes(case):
     weight, scale, options = case
     if weight.numel() == 0:

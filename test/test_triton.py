@@ -11,11 +11,15 @@ from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mxfp8moe
-from helpers import E4M3, moe_inputs, run_python
+from helpers import E4M3, moe_inputs, only_cpu, run_python
+from shapes import rows
 from torch_mxfp8moe import dispatch
+from torch_mxfp8moe.arguments import Dequantize, FusedMoe, Preshuffle, Quantize
 from torch_mxfp8moe.backends import registered
 from torch_mxfp8moe.backends import triton as backend
 from torch_mxfp8moe.backends.triton.targets import Target, target_of
+
+pytestmark = only_cpu
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or backend._interpreted(),
@@ -277,3 +281,75 @@ def test_compiling_offline_leaves_the_driver_as_it_was(kernels):
                 assert driver._active is active
     finally:
         driver.set_active(before)
+
+
+# --- the host's part of a call
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ("sm_90", "gfx950"))
+def test_the_host_reads_no_data(monkeypatch, arch):
+    """Everything that the host does in a call, the first and the later ones, on tensors without memory: whatever would
+    read a value, and so wait for the GPU, raises there. (HIP does not report such a call while a graph is captured.)"""
+    from torch_mxfp8moe.backends.triton.launch import Launch, offline
+
+    launched = []
+
+    class Kernel:
+        run = None
+
+        def __init__(self, launch):
+            self.launch = launch
+
+        def __getitem__(self, grid):
+            return lambda *arguments, stream: launched.append(self.launch.kernel.__name__)
+
+    here = backend.Triton()
+    monkeypatch.setattr(Launch, "compiled", lambda self: Kernel(self))
+    monkeypatch.setattr(backend.Triton, "target", lambda self, device: Target(arch))
+    monkeypatch.setattr(backend.Triton, "why_unavailable", lambda self: None)
+    monkeypatch.setattr(backend.Triton, "why_not", lambda self, call: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(dispatch, "registered", lambda: {"triton": here})
+
+    def without_memory(inputs):
+        return {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+    layer = ["route_kernel", "dispatch_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]
+    cases = [
+        moe_inputs(T=T, G=9, E=5, K=2, bias_dtype=torch.float32, scaled=scaled)
+        | dict(expert_map=torch.zeros(9, dtype=torch.int32), num_tokens=torch.zeros(1, dtype=torch.int32))
+        for T in (1, 40, 3000)
+        for scaled in (False, True)
+    ]
+    with offline(Target(arch)):
+        for inputs in map(without_memory, cases):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                inputs["num_tokens"].item()
+            for options in (dict(), dict(swiglu_limit=7.0, activation_dtype="bf16", out_dtype=torch.float32)):
+                for _ in range(2):
+                    launched.clear()
+                    dispatch.fused_moe(FusedMoe(**inputs, **options).check())
+                    assert launched == layer
+        launched.clear()
+        x = torch.empty(5, 7, 64, device="meta")
+        data, scale = dispatch.quantize_1x32(Quantize(x).check())
+        dispatch.dequantize_1x32(Dequantize(data, scale, torch.bfloat16).check())
+        weight = torch.empty(2, 256, 256, device="meta", dtype=E4M3)
+        scale = torch.empty(2, 256, 8, device="meta", dtype=torch.uint8)
+        dispatch.preshuffle(Preshuffle(weight, scale, "aiter_gfx950", True, 256).check())
+        assert launched == ["quantize_kernel", "dequantize_kernel", *2 * ["preshuffle_kernel"]]
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950"))
+@needs_triton
+def test_workspace_of_a_large_layer(arch):
+    """MiniMax-M3 at TP4: under 16 MiB for 64 tokens and under 1 GiB for 8192, with any output dtype; and bounded."""
+    from torch_mxfp8moe.backends.triton.fused_moe import LARGEST_WORKSPACE, plan
+
+    row = rows()["MiniMax-M3 TP4"]
+    for dtype in (torch.bfloat16, torch.float32):
+        sizes = {}
+        for T in (64, 8192, 10**6):
+            sizes[T] = plan(row.call(T, "meta", out_dtype=dtype).with_out(), Target(arch)).workspace
+        assert sizes[64] < 16 * 2**20 and sizes[8192] < 2**30 and sizes[10**6] < 1.02 * LARGEST_WORKSPACE

@@ -15,7 +15,8 @@ def scale_bytes(amax: torch.Tensor, scale_rounding: str) -> torch.Tensor:
     An amax that is Inf or NaN gives 255.
     """
     if scale_rounding == "rceil":
-        bits = (amax / E4M3_MAX).view(torch.int32)
+        # By a tensor: on a GPU, PyTorch multiplies by the reciprocal of a number instead of dividing by it.
+        bits = (amax / torch.full_like(amax, E4M3_MAX)).view(torch.int32)
         exponent, mantissa = bits >> 23, bits & 0x7FFFFF
         slack = torch.tensor((*RCEIL_SLACK, 0), dtype=torch.int32, device=amax.device)[exponent.clamp(0, 255)]
         byte = torch.where(exponent > 0, exponent + (mantissa > slack).int(), (mantissa > (1 << 22) + slack).int())

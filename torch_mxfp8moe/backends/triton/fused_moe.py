@@ -138,6 +138,9 @@ class _Part:
                 w, (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
                 (1, halves, tile.block_n, block_k),
             )  # fmt: skip
+        # On AMD GPUs a wave's 64 lanes hold the rows of an operand (that many) several times, each with other blocks.
+        rows_of_instruction = tile.options.get("matrix_instr_nonkdim", 64)
+        groups = min(64 // rows_of_instruction, block_k // BLOCK) if self.scaled else 1
         weighted = gate_up and self.weight_on_input
         limit = math.inf if call.swiglu_limit is None else _fp32(call.swiglu_limit)
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
@@ -157,7 +160,7 @@ class _Part:
                 LIMITED=gate_up and math.isfinite(limit),
                 SCALED=self.scaled, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
                 DESCRIPTORS=descriptors,
-                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k,
+                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, GROUPS=groups,
             ),
             dict(num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.options),
         )  # fmt: skip

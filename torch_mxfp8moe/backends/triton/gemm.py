@@ -5,7 +5,8 @@ larger side lies along its rows, however few tokens there are) and never leaves 
 between architectures is one strategy:
 
 - ``upcast``: weights become bf16 in registers, activations are bf16 in memory, a 16-bit matrix unit multiplies. Every
-  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (down to 2^-133).
+  e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (activations all of
+  them, being held times ``HELD_TIMES``; weights those that are multiples of 2^-130, all with scale bytes from 6 on).
 - ``scaled``: both operands stay codes and scale bytes, and the matrix unit takes them as they are (gfx950, sm_100).
 """
 
@@ -13,31 +14,52 @@ import triton
 import triton.language as tl
 
 from .memory import offset
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
 
 
 @triton.jit
 def _upcast(codes, byte, dtype: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values [N, K] in ``dtype``."""
+    """codes [N, K] uint8, byte [N, K/32] uint8 -> their values, divided by HELD_TIMES, [N, K] in ``dtype``."""
     if NATIVE_E4M3:
         value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
         value = decode(codes.to(tl.int32))
     blocks = tl.reshape(value, (codes.shape[0], codes.shape[1] // BLOCK, BLOCK))
-    blocks *= factor(byte.to(tl.int32))[:, :, None]
+    blocks *= (factor(byte.to(tl.int32)) * (1.0 / HELD_TIMES))[:, :, None]
     return tl.reshape(blocks, codes.shape).to(dtype)
+
+
+@triton.jit
+def _columns(BLOCK_K: tl.constexpr, GROUPS: tl.constexpr):
+    """Which column of a tile of K each position of the product takes, [BLOCK_K]: any order will do, if both operands
+    have it. Of GROUPS lanes that give a matrix instruction its scale bytes, each holds those of blocks that lie GROUPS
+    positions apart: here these are neighbours in memory, and the bytes one word."""
+    column = tl.arange(0, BLOCK_K)
+    if GROUPS > 1:
+        block = column // BLOCK
+        column = (block % GROUPS * (BLOCK_K // BLOCK // GROUPS) + block // GROUPS) * BLOCK + column % BLOCK
+    return column
+
+
+@triton.jit
+def _in_columns_order(byte, GROUPS: tl.constexpr):
+    """Scale bytes [rows, blocks] of neighbouring blocks -> in the order of :func:`_columns`."""
+    if GROUPS > 1:
+        split = tl.reshape(byte, (byte.shape[0], GROUPS, byte.shape[1] // GROUPS))
+        byte = tl.reshape(tl.permute(split, (0, 2, 1)), byte.shape)
+    return byte
 
 
 @triton.jit
 def _weight_tile(
     w, expert, n, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr,
-    ROWS_TILE: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr,
+    ROWS_TILE: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Codes [ROWS_TILE, BLOCK_K] uint8 from column k on; expert and n for a descriptor, row_offset for a pointer."""
     if DESCRIPTOR:
         codes = tl.reshape(w.load([expert, 0, n, k]), (ROWS_TILE, BLOCK_K))
     else:
-        column = k + tl.arange(0, BLOCK_K)
+        column = k + _columns(BLOCK_K, GROUPS)
         pointers = w + (row_offset[:, None] + offset(column, COLUMNS, COLUMN_DIGITS)[None, :])
         codes = tl.load(pointers, mask=(column < K)[None, :] if K % BLOCK_K else None, other=0 if K % BLOCK_K else None)
     return codes
@@ -82,13 +104,14 @@ def grouped_gemm_kernel(
     SCALE_ROW_DIGITS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, SCALE_COLUMN_DIGITS: tl.constexpr,
     GATE_UP: tl.constexpr, MXFP8: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr,
     NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
 
-    x [R, K] bf16, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout (ROWS, COLUMNS, ...
-    say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up, rounded to MXFP8 or
-    bf16; the routing weight multiplies gate and up if ``topk_weights`` is there. Otherwise the product itself.
+    x [R, K] bf16, times HELD_TIMES, or codes with x_scale [R, K/32]; w: expert weights [E, N or 2N, K] in any layout
+    (ROWS, COLUMNS, ... say where their elements lie), bias [E, N or 2N] or None. GATE_UP: N columns of silu(gate) * up,
+    rounded to MXFP8 or bf16 and held as x is; the routing weight multiplies gate and up if ``topk_weights`` is there.
+    Otherwise the product itself.
     """
     pid = tl.program_id(0)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -117,9 +140,10 @@ def grouped_gemm_kernel(
         for k in tl.range(0, K, BLOCK_K):
             if SCALED:  # Pipelined by the compiler; carried from trip to trip, they crash Triton 3.6 and 3.7 on sm_100.
                 byte = _scale_tile(scales, s_row, k, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+                byte = _in_columns_order(byte, GROUPS)
             else:  # Small loads that the compiler does not pipeline: the next trip's are under way during this one.
                 byte_next = _scale_tile(scales, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
-            k_index = k + tl.arange(0, BLOCK_K)
+            k_index = k + _columns(BLOCK_K, GROUPS)
             if DESCRIPTORS:
                 x_tile = x.load([first, k]).T
             else:
@@ -133,9 +157,12 @@ def grouped_gemm_kernel(
                     x_scale + (safe_slot[:, None] * (K // BLOCK) + block[None, :]),
                     mask=(block < K // BLOCK)[None, :], other=0,
                 )  # fmt: skip
+                x_byte = _in_columns_order(x_byte, GROUPS)
             else:
                 x_byte = 0
-            codes = _weight_tile(weights, expert, n, w_row, k, K, COLUMNS, COLUMN_DIGITS, rows, BLOCK_K, DESCRIPTORS)
+            codes = _weight_tile(
+                weights, expert, n, w_row, k, K, COLUMNS, COLUMN_DIGITS, rows, BLOCK_K, DESCRIPTORS, GROUPS
+            )  # fmt: skip
             total = _multiply(codes, byte, x_tile, x_byte, total, SCALED, NATIVE_E4M3, WGMMA)
             if not SCALED:
                 byte = byte_next
@@ -170,7 +197,7 @@ def grouped_gemm_kernel(
                 )
                 result = tl.reshape(code, (BLOCK_M, BLOCK_N))
             else:
-                result = tl.reshape(decode(code) * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
+                result = tl.reshape(decode(code) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
         elif GATE_UP:
-            result = result.to(tl.bfloat16)
-        tl.store(out + pointers, result.to(out.dtype.element_ty), mask=within)
+            result = cast(cast(result, tl.bfloat16), tl.float32) * HELD_TIMES
+        tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)

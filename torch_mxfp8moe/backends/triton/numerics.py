@@ -19,6 +19,13 @@ MAX_EXPONENT = tl.constexpr(8)
 MAX_MANTISSA = tl.constexpr(0x600000)
 MAX_CODE = tl.constexpr(0x7E)
 
+HELD_TIMES = tl.constexpr(2.0**3)
+"""Activations that are held as bf16 are held times this, and weights divided by it: MXFP8 values are multiples of
+2^-136, bf16 ones of 2^-133, and it is among activations that tiny ones have few bits above that."""
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter."""
+
 
 def rceil_excess(exponent: int) -> int:
     """How far above 1.75 a block's largest mantissa may be, in ulp, without its scale going up by one.
@@ -90,7 +97,8 @@ def decode(code):
     normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
     value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, normal)
     value = tl.where(magnitude == E4M3_NAN, float("nan"), value)
-    return tl.where(code > 0x7F, -value, value)
+    sign = (code & 0x80) << 24  # -value is 0 - value in Triton, which is +0 for the code of -0
+    return (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -98,3 +106,19 @@ def factor(byte):
     """E8M0 bytes, int32 -> 2^(byte - 127), fp32; NaN for 255."""
     bits = tl.where(byte == 0, 0x400000, byte << 23)
     return tl.where(byte == SCALE_NAN, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x, of a float type, in ``dtype``, rounded to nearest even.
+
+    By integers in Triton's interpreter, which (3.6 to 3.9) truncates what becomes bf16 and loses bf16's subnormals.
+    """
+    if INTERPRETED:
+        if x.dtype == tl.bfloat16:
+            x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        if dtype == tl.bfloat16:
+            bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+            bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+            x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

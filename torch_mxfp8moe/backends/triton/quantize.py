@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch, Operand, Plan
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byte
 
 BLOCKS_PER_PROGRAM = 64
 
@@ -19,7 +19,7 @@ def quantize_kernel(
     within = block < blocks
     column = tl.arange(0, BLOCK)
     start = block // row_blocks * row_stride + block % row_blocks * BLOCK
-    values = tl.load(x + start[:, None] + column[None, :], mask=within[:, None], other=0.0).to(tl.float32)
+    values = cast(tl.load(x + start[:, None] + column[None, :], mask=within[:, None], other=0.0), tl.float32)
     byte = scale_byte(block_amax(values), ROUNDING)
     code = encode(values, byte[:, None])
     tl.store(data + block[:, None] * BLOCK + column[None, :], code.to(tl.uint8), mask=within[:, None])
@@ -39,7 +39,7 @@ def dequantize_kernel(
     code = tl.load(data + start[:, None] + column[None, :], mask=within[:, None], other=0).to(tl.int32)
     byte = tl.load(scale + row * scale_stride + first, mask=within, other=0).to(tl.int32)
     value = decode(code) * factor(byte)[:, None]
-    tl.store(out + block[:, None] * BLOCK + column[None, :], value.to(out.dtype.element_ty), mask=within[:, None])
+    tl.store(out + block[:, None] * BLOCK + column[None, :], cast(value, out.dtype.element_ty), mask=within[:, None])
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ copies them to their slots, so that the products read and write contiguous rows.
 import triton
 import triton.language as tl
 
-from .numerics import BLOCK, block_amax, decode, encode, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def dispatch_kernel(
     token of x [T, H], rounds them and copies them to the slots of the token's routes.
 
     x_scale: of x that is MXFP8 already, or None. MXFP8: round to MXFP8, else to bf16. Rows are written as codes and
-    rows_scale if there is one, else as bf16, which holds MXFP8 values exactly from 2^-133 up.
+    rows_scale if there is one, else as bf16, times HELD_TIMES.
     """
     pid = tl.program_id(0)
     if pid < EXPERTS:
@@ -124,14 +124,15 @@ def dispatch_kernel(
                 byte = tl.load(x_scale + token * x_scale_stride + block, mask=block_within, other=0).to(tl.int32)
                 code = values.to(tl.int32)
             elif MXFP8:
-                byte = scale_byte(block_amax(values.to(tl.float32)), "rceil")
-                code = encode(values.to(tl.float32), byte[:, None])
+                values = cast(values, tl.float32)
+                byte = scale_byte(block_amax(values), "rceil")
+                code = encode(values, byte[:, None])
             if rows_scale is not None:
                 result = code.to(tl.uint8)
             elif MXFP8 or x_scale is not None:
-                result = decode(code) * factor(byte)[:, None]
+                result = decode(code) * HELD_TIMES * factor(byte)[:, None]
             else:
-                result = values.to(tl.bfloat16)
+                result = cast(cast(values, tl.bfloat16), tl.float32) * HELD_TIMES
             for k in tl.static_range(TOPK):
                 slot = tl.load(slots + token * TOPK + k).to(tl.int64)
                 if slot >= 0:
@@ -158,4 +159,4 @@ def combine_kernel(
             if WEIGHTED:
                 term *= tl.load(topk_weights + token * weights_stride + k).to(tl.float32)
             total += term
-    tl.store(out + token * out_stride + column, total.to(out.dtype.element_ty), mask=within)
+    tl.store(out + token * out_stride + column, cast(total, out.dtype.element_ty), mask=within)
