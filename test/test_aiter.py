@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aiter_stand_in
+import device
 import shapes
 import torch_mxfp8moe
 from helpers import (
@@ -988,16 +989,18 @@ print(len(seen) > 50, len(set(seen)) > 4)
 """
 
 
-needs_interpreter = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton, for its interpreter: pip install triton"
-)
+def interpreted(code: str, *args: str) -> list[str]:
+    """The words that ``code`` prints, with Triton's interpreter."""
+    reason = device.why_not("interpreter")
+    if reason:
+        pytest.skip(reason)
+    return run_python(code, *args, TRITON_INTERPRET="1").split()
 
 
-@needs_interpreter
 def test_the_kernel_is_its_definition():
     """In Triton's interpreter."""
     code = "from conftest import settings\n" + INTERPRETED
-    assert run_python(code, TRITON_INTERPRET="1").split() == ["True", "True"]
+    assert interpreted(code) == ["True", "True"]
 
 
 WHOLE = """
@@ -1030,11 +1033,10 @@ print(len(aiter_stand_in.calls))
 """
 
 
-@needs_interpreter
 def test_the_whole_call_with_the_kernel(tmp_path):
     """From the op through the interpreted kernel to the stand-in."""
     calls = len(KINDS)  # none for no token, and one more at the end
-    assert run_python(WHOLE, str(tmp_path), TRITON_INTERPRET="1").split() == [str(calls)]
+    assert interpreted(WHOLE, str(tmp_path)) == [str(calls)]
 
 
 @needs_triton
