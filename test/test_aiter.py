@@ -1020,10 +1020,11 @@ aiter.probe._check_machine = lambda: None
 aiter._architecture = lambda device: "gfx950"
 for name, kind in test_aiter.KINDS.items():
     inputs = test_aiter.small(**kind)
-    wide = torch.zeros(len(inputs["topk_ids"]), 11, dtype=inputs["topk_ids"].dtype)
-    K = inputs["topk_ids"].shape[1]
-    wide[:, 3 : 3 + K] = inputs["topk_ids"]
-    inputs["topk_ids"] = wide[:, 3 : 3 + K]
+    for name, columns in (("topk_ids", 11), ("topk_weights", 13)):
+        T, K = inputs[name].shape
+        wide = torch.zeros(T, columns, dtype=inputs[name].dtype)
+        wide[:, 3 : 3 + K] = inputs[name]
+        inputs[name] = wide[:, 3 : 3 + K]
     want = reference.fused_moe(**inputs, out_dtype=torch.bfloat16)
     assert_agrees(OPS.fused_moe(**inputs, out_dtype=torch.bfloat16, backend="aiter"), want)
 inputs = test_aiter.small(T=9, G=8) | dict(num_tokens=torch.tensor(7, dtype=torch.int32))
