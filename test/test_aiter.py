@@ -3,6 +3,7 @@
 aiter is the stand-in of ``aiter_stand_in.py``. Nothing here ran on a gfx950.
 """
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -1049,18 +1050,14 @@ def test_the_kernel_compiles_for_gfx950(T, K, E, id_dtype):
     from torch_mxfp8moe.backends.triton.launch import compile_offline
     from torch_mxfp8moe.backends.triton.targets import Target
 
-    for extra in (False, True):
-        call = on_meta(T, 256, 128, E, K)
-        empty = dict(dtype=torch.int32, device="meta")
-        maps = dict(expert_map=torch.empty(2 * E, **empty), num_tokens=torch.empty(1, **empty)) if extra else {}
-        memory = dict(
-            topk_ids=call.topk_ids.to(id_dtype), topk_weights=call.topk_weights, **maps,
-            ids=torch.empty(T, K + 1, **empty), weights=torch.empty(T, K + 1, dtype=torch.float32, device="meta"),
-            mask=torch.empty(E + 1, **empty),
-        )  # fmt: skip
-        for name, tensor in (memory | maps).items():
-            object.__setattr__(call, name, tensor)
-        (kernel,) = compile_offline(plan(call).bind(memory, call.device), Target("gfx950"))
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    call = dataclasses.replace(on_meta(T, 256, 128, E, K), topk_ids=empty(T, K, dtype=id_dtype))
+    made = dict(ids=empty(T, K + 1), weights=empty(T, K + 1, dtype=torch.float32), mask=empty(E + 1))
+    for maps in ({}, dict(expert_map=empty(2 * E), num_tokens=empty(1))):
+        call = dataclasses.replace(call, **maps)
+        (kernel,) = compile_offline(plan(call).bind(call.inputs | made, call.device), Target("gfx950"))
         machine_code.check(machine_code.read(kernel, "gfx950"))
 
 
