@@ -1061,6 +1061,36 @@ def test_the_kernel_compiles_for_gfx950(T, K, E, id_dtype):
         machine_code.check(machine_code.read(kernel, "gfx950"))
 
 
+@needs_triton
+@pytest.mark.parametrize("maps", (False, True))
+@pytest.mark.parametrize("id_dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("T, K, E", [(5, 2, 4), (9, 8, 16), (3, 5, 129), (2, 33, 40), (1, 1, 1)])
+def test_the_kernel_on_gfx950(T, K, E, id_dtype, maps):
+    """Its machine code, simulated: the routes are those of the definition, bit for bit."""
+    pytest.importorskip("numpy", "2.0")
+    import gfx950_ops
+    from torch_mxfp8moe.backends.aiter.kernel import plan
+
+    generator = torch.Generator().manual_seed(T * K * E)
+    topk_ids = torch.randint(-2, E + 5, (T, K), generator=generator, dtype=id_dtype)
+    if id_dtype is torch.int64:
+        topk_ids[0, 0] = 2**32
+    choices = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, torch.inf, torch.nan, 2.0**-149, 0.25])
+    inputs = dict(topk_ids=topk_ids, topk_weights=choices[torch.randint(9, (T, K), generator=generator)])
+    if maps:
+        expert_map = torch.randint(-1, E + 2, (E + 3,), generator=generator, dtype=torch.int32)
+        inputs |= dict(expert_map=expert_map, num_tokens=torch.tensor([T - 1], dtype=torch.int32))
+    names = ("hidden_states", "w1", "w1_scale", "w2", "w2_scale")
+    sizes = on_meta(T, 256, 128, E, K)
+    weights = {name: torch.empty(getattr(sizes, name).shape, dtype=getattr(sizes, name).dtype) for name in names}
+    call = FusedMoe(**weights, **inputs, layout="aiter_gfx950").check()
+    want = routes(topk_ids, inputs["topk_weights"], call.expert_map, call.num_tokens, E)
+    made = {name: torch.empty_like(x) for name, x in zip(("ids", "weights", "mask"), want, strict=True)}
+    gfx950_ops.run(plan(call), inputs, made)
+    for name, expected in zip(made, want):
+        torch.testing.assert_close(made[name], expected, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 # --- its tables
 
 
