@@ -80,6 +80,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
+    # None for aiter: AMD's comes from its sources. The package index's "aiter" is another project, and its "amd-aiter"
+    # predates MXFP8 (docs/aiter.md).
     extras_require={
         "test": [
             "pytest",

@@ -31,6 +31,13 @@ def _why_not(backend: Backend, call: Call) -> str | None:
         return f"asking whether it serves the call raised {type(error).__name__}: {error}"
 
 
+def _note(backend: Backend, call: Call) -> str | None:
+    try:
+        return backend.note(call)
+    except Exception as error:
+        return f"asking for notes raised {type(error).__name__}: {error}"
+
+
 @dataclass(frozen=True)
 class BackendStatus:
     """One backend on this machine."""
@@ -66,9 +73,12 @@ class Explanation:
     """The name of the backend that serves the call; None if none does, and then the call itself raises."""
     reasons: dict[str, str]
     """Of every other backend: why it does not serve this call."""
+    note: str | None = None
+    """What to know of the backend's way with this call."""
 
     def __str__(self) -> str:
         lines = [f"{self.call}: served by {self.backend}" if self.backend else f"{self.call}: no backend serves it"]
+        lines += [f"  note: {self.note}"] if self.note else []
         lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 
@@ -96,7 +106,7 @@ def explain_call(call: Call) -> Explanation:
             chosen = name
         else:
             reasons[name] = reason
-    return Explanation(_described(call), chosen, reasons)
+    return Explanation(_described(call), chosen, reasons, chosen and _note(registered()[chosen], call))
 
 
 def known_backend(call: Call) -> str:
@@ -148,7 +158,9 @@ def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def fused_moe(call: FusedMoe) -> torch.Tensor:
-    """Writes the output of a checked call, allocated here if it has none."""
-    call = call.with_out()
-    select(call).fused_moe(call)
+    """The output of a checked call, written to its ``out`` if it has one."""
+    backend = select(call)
+    if call.out is None:
+        return backend.new_fused_moe(call)
+    backend.fused_moe(call)
     return call.out

@@ -48,6 +48,16 @@ class Backend:
         """Writes ``call.out``."""
         raise NotImplementedError
 
+    def new_fused_moe(self, call: FusedMoe) -> torch.Tensor:
+        """-> [T, H], for a call without ``out``: for those who allocate their result themselves."""
+        call = call.with_out()
+        self.fused_moe(call)
+        return call.out
+
+    def note(self, call: Call) -> str | None:
+        """What ``explain`` says of a call that this backend serves, or None."""
+        return None
+
 
 class Unloadable(Backend):
     """Stands for a backend whose module cannot be imported."""

@@ -13,7 +13,7 @@ from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, facto
 
 
 @triton.jit
-def _local_experts(
+def local_experts(
     topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known,
     EXPERTS: tl.constexpr, TOPK: tl.constexpr,
 ):  # fmt: skip
@@ -46,7 +46,7 @@ def route_kernel(
     before = tl.zeros([N], tl.int32)
     own = tl.zeros([N], tl.int32)
     for start in range(0, routes_total, N):
-        local = _local_experts(
+        local = local_experts(
             topk_ids, expert_map, num_tokens, start + lane, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
         )  # fmt: skip
         before += ((local >= 0) & (local < expert)).to(tl.int32)
@@ -57,7 +57,7 @@ def route_kernel(
         tl.store(offsets + EXPERTS, slot + tl.sum(own))
     for start in range(0, routes_total, N):
         route = start + lane
-        local = _local_experts(
+        local = local_experts(
             topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
         )  # fmt: skip
         mine = local == expert

@@ -1,0 +1,114 @@
+"""AMD's aiter, whose FlyDSL kernels compute MXFP8 experts on gfx950 (MI350X, MI355X).
+
+aiter computes much that it is not made for without a word. So ``rules`` keeps from it what it would get wrong,
+``routes`` (on the GPU: ``kernel``) gives it ids that cannot be wrong, and ``probe`` takes no version's word for what
+the installed aiter can do; ``tuned`` reads which kernels it was tuned for. This module imports aiter, flydsl and Triton
+only when it is asked on a machine that has a gfx950.
+"""
+
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+
+from ...arguments import Call, FusedMoe
+from ...formats import as_bytes
+from .. import Backend
+from ..triton import PLANS
+from ..triton import BACKEND as TRITON
+from . import probe, rules, tuned
+
+_architecture = cache(probe.architecture)
+
+
+class Aiter(Backend):
+    name = "aiter"
+    priority = 60
+    description = "AMD's aiter, FlyDSL kernels for gfx950"
+
+    def __init__(self):
+        self._plans = {}
+        """The routes' launch of every call that was served, by signature: the next call like it is served as well."""
+        self.interface = cache(probe.load)
+
+    @cache
+    def why_unavailable(self) -> str | None:
+        try:
+            self.interface()
+        except probe.Unusable as unusable:
+            return str(unusable)
+        reason = TRITON.why_unavailable()
+        return f"its routes take a Triton kernel, and: {reason}" if reason else None
+
+    def why_not(self, call: Call) -> str | None:
+        if call.signature in self._plans:
+            return None
+        if not isinstance(call, FusedMoe):
+            return "it computes fused_moe only"
+        arch = _architecture(call.device)
+        if arch != probe.ARCHITECTURE:
+            return f"the tensors are on {call.device}, {arch or 'not an AMD GPU'}; it takes {probe.ARCHITECTURE}"
+        return rules.why_not(call)
+
+    def note(self, call: Call) -> str | None:
+        return tuned.note(call)
+
+    def _routes(self, call: FusedMoe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ids [T, K + 1], weights [T, K + 1], mask [E + 1]; see ``routes``."""
+        shape, device = (call.tokens, call.topk + 1), call.device
+        ids = torch.empty(shape, dtype=torch.int32, device=device)
+        weights = torch.empty(shape, dtype=torch.float32, device=device)
+        mask = torch.empty(call.experts + 1, dtype=torch.int32, device=device)
+        key = call.signature
+        plan = self._plans.get(key)
+        if plan is None:
+            from .kernel import plan as make
+
+            plan = make(call)
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            if key is not None:
+                self._plans[key] = plan
+        memory = dict(topk_ids=call.topk_ids, topk_weights=call.topk_weights, ids=ids, weights=weights, mask=mask)
+        if call.expert_map is not None:
+            memory["expert_map"] = call.expert_map
+        if call.num_tokens is not None:
+            memory["num_tokens"] = call.num_tokens
+        plan.run(f"{call.op}, for backend 'aiter'", memory, device, TRITON.target(device))
+        return ids, weights, mask
+
+    def new_fused_moe(self, call: FusedMoe) -> torch.Tensor:
+        if not call.tokens:
+            return call.with_out().out
+        aiter = self.interface()
+        ids, weights, mask = self._routes(call)
+        x = call.hidden_states
+        if not x.is_contiguous() or not rules.aligned(x):
+            x = x.clone(memory_format=torch.contiguous_format)
+        # aiter asks the tensors themselves whether they are shuffled. They are; the caller's are left as they are.
+        w1, w2 = call.w1.detach(), call.w2.detach()
+        w1.is_shuffled = w2.is_shuffled = True
+        device = call.device
+        elsewhere = device.index is not None and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():
+            return aiter.fused_moe(
+                x,
+                w1,
+                w2,
+                weights,
+                ids,
+                expert_mask=mask,
+                activation=aiter.activations[rules.activation(call.swiglu_alpha, call.swiglu_beta)],
+                quant_type=aiter.quant_type,
+                w1_scale=as_bytes(call.w1_scale),
+                w2_scale=as_bytes(call.w2_scale),
+                dtype=torch.bfloat16,
+                swiglu_limit=call.swiglu_limit,
+                gate_mode=aiter.gate_mode,
+            )
+
+    def fused_moe(self, call: FusedMoe) -> None:
+        call.out.copy_(self.new_fused_moe(call))  # aiter allocates its result and takes no other
+
+
+BACKEND = Aiter()
