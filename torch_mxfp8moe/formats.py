@@ -4,6 +4,7 @@ Constants and bit tricks that every implementation shares. The format is OCP Mic
 (https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf), sections 5.2 and 6.3.
 """
 
+import ctypes
 import math
 
 import torch
@@ -51,6 +52,11 @@ def rceil_slack(exponent: int) -> int:
 
 RCEIL_SLACK = tuple(rceil_slack(exponent) for exponent in range(255))
 """``rceil_slack`` of each biased exponent of a finite fp32."""
+
+
+def rounded_to_fp32(value: float) -> float:
+    """What a kernel computes with where it is given ``value``; infinite beyond fp32's range."""
+    return ctypes.c_float(value).value
 
 
 def as_bytes(scale: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .formats import BLOCK, E4M3_MAX, E4M3_NAN, RCEIL_SLACK, SCALE_NAN, as_bytes
+from .formats import BLOCK, E4M3_MAX, E4M3_NAN, RCEIL_SLACK, SCALE_NAN, as_bytes, rounded_to_fp32
 from .layouts import LAYOUTS, pad_intermediate
 
 
@@ -75,7 +75,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limi
     (https://github.com/openai/gpt-oss, gpt_oss/torch/model.py).
     """
     if limit is not None:
-        limit = torch.tensor(limit, dtype=torch.float32).item()  # infinite, that is no limit, beyond fp32's range
+        limit = rounded_to_fp32(limit)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + beta)
 

@@ -4,12 +4,12 @@ aiter checks little of this itself; where a limit comes from is said beside it. 
 https://github.com/ROCm/aiter at commit e4048607a5.
 """
 
-import ctypes
 from functools import cache
 
 import torch
 
 from ...arguments import FusedMoe
+from ...formats import rounded_to_fp32
 
 LAYOUT = "aiter_gfx950"
 
@@ -36,15 +36,11 @@ ACTIVATIONS = {"Silu": (1.0, 0.0), "Swiglu": (1.702, 1.0)}
 """swiglu_alpha and swiglu_beta that aiter has, by the name of its ActivationType; both are constants there."""
 
 
-def _fp32(value: float) -> float:
-    return ctypes.c_float(value).value
-
-
 @cache
 def activation(alpha: float, beta: float) -> str | None:
     """The name of aiter's ActivationType for a SwiGLU; None if it has none."""
     for name, numbers in ACTIVATIONS.items():
-        if (_fp32(alpha), _fp32(beta)) == tuple(map(_fp32, numbers)):
+        if (rounded_to_fp32(alpha), rounded_to_fp32(beta)) == tuple(map(rounded_to_fp32, numbers)):
             return name
     return None
 
@@ -93,7 +89,7 @@ def why_not(call: FusedMoe) -> str | None:
         )
     if name == "Swiglu" and limit is None:
         return "it limits gpt-oss's SwiGLU to 7 where the call has no swiglu_limit"
-    if limit is not None and _fp32(limit) == 0:
+    if limit is not None and rounded_to_fp32(limit) == 0:
         return f"it takes a swiglu_limit of zero in fp32, {limit:g}, for none"
     for symbol, size in (("H", call.hidden), ("I", call.intermediate)):
         if size > LARGEST_ROW:

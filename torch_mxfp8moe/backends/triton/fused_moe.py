@@ -1,6 +1,5 @@
 """``fused_moe`` as a list of kernel launches: route, dispatch, two products, combine."""
 
-import ctypes
 import math
 
 import torch
@@ -9,7 +8,7 @@ import triton
 from ... import configs
 from ...arguments import FusedMoe
 from ...configs import Gemm, Tiles
-from ...formats import BLOCK
+from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
 from .launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Operand, Plan
@@ -24,11 +23,6 @@ FEW_ROUTES = 1024
 ROUTES_PER_STEP = 4096
 BLOCKS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 1024
-
-
-def _fp32(value: float) -> float:
-    """Rounded to fp32; infinite beyond its range."""
-    return ctypes.c_float(value).value
 
 
 def tiles_bound(routes: int, experts: int, block_m: int) -> int:
@@ -142,7 +136,7 @@ class _Part:
         rows_of_instruction = tile.options.get("matrix_instr_nonkdim", 64)
         groups = min(64 // rows_of_instruction, block_k // BLOCK) if self.scaled else 1
         weighted = gate_up and self.weight_on_input
-        limit = math.inf if call.swiglu_limit is None else _fp32(call.swiglu_limit)
+        limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
         return Launch(
             grouped_gemm_kernel,
@@ -153,7 +147,8 @@ class _Part:
                 offsets=self.offsets, routes=self.sorted_routes,
                 topk_weights=self._given("topk_weights", by_token=True) if weighted else None,
                 weights_stride=call.topk_weights.stride(0) if weighted else 0,
-                alpha=_fp32(call.swiglu_alpha), beta=_fp32(call.swiglu_beta), limit=limit, K=columns, N=n,
+                alpha=rounded_to_fp32(call.swiglu_alpha), beta=rounded_to_fp32(call.swiglu_beta), limit=limit,
+                K=columns, N=n,
                 **order("", layout.weight[gate_up], (experts, rows, columns)),
                 **order("SCALE_", layout.scale[gate_up], scale_shape),
                 GATE_UP=gate_up, MXFP8=gate_up and call.activation_dtype == "mxfp8",
