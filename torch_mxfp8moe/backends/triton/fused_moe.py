@@ -184,8 +184,6 @@ def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)
     step = max(1, LARGEST_WORKSPACE // token_bytes)
-    parts = [
-        _Part(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)
-    ]
+    parts = [_Part(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
     launches = [launch for part in parts for launch in part.launches()]
     return Plan(launches, max((part.workspace for part in parts), default=0))
