@@ -410,6 +410,7 @@ def test_aot_inductor_package(tmp_path):
     torch.save(model(*tokens(5)), expected)
     code = """
 import sys
+import device  # where this process runs its ops
 import torch, torch_mxfp8moe
 package, args, expected = sys.argv[1:]
 print(torch.equal(torch._inductor.aoti_load_package(package)(*torch.load(args)), torch.load(expected)))
