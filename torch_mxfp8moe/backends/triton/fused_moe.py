@@ -161,7 +161,6 @@ class _Part:
                 SCALED=self.scaled, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
                 DESCRIPTORS=descriptors,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, GROUPS=groups,
-                ALTERNATE=gate_up and self.scaled and not self.target.capability,
             ),
             dict(num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.options),
         )  # fmt: skip

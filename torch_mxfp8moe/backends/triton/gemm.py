@@ -104,7 +104,7 @@ def grouped_gemm_kernel(
     SCALE_ROW_DIGITS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, SCALE_COLUMN_DIGITS: tl.constexpr,
     GATE_UP: tl.constexpr, MXFP8: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr,
     NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, ALTERNATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
 
@@ -124,14 +124,9 @@ def grouped_gemm_kernel(
         halves: tl.constexpr = 2 if GATE_UP else 1
         rows: tl.constexpr = halves * BLOCK_N
 
-        # Rows of the weight in this tile: BLOCK_N from each half. Where matrix instructions give a lane neighbouring
-        # rows of the result, rows of the two halves alternate: no lane then needs another one's to combine the two.
-        if ALTERNATE:
-            in_half = n + tl.arange(0, rows) // 2
-            weight_row = tl.arange(0, rows) % 2 * N + tl.where(in_half < N, in_half, 0)
-        else:
-            in_half = n + tl.arange(0, rows) % BLOCK_N
-            weight_row = tl.arange(0, rows) // BLOCK_N * N + tl.where(in_half < N, in_half, 0)
+        # Rows of the weight in this tile: BLOCK_N from each half.
+        in_half = n + tl.arange(0, rows) % BLOCK_N
+        weight_row = tl.arange(0, rows) // BLOCK_N * N + tl.where(in_half < N, in_half, 0)
         w_row = offset(weight_row, ROWS, ROW_DIGITS)
         s_row = offset(weight_row, SCALE_ROWS, SCALE_ROW_DIGITS)
         scales = w_scale + expert.to(tl.int64) * SCALE_EXPERT_STRIDE
@@ -179,10 +174,7 @@ def grouped_gemm_kernel(
             weight = tl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(tl.float32)
             total *= weight[None, :]
         if GATE_UP:
-            if ALTERNATE:
-                gate, up = tl.split(tl.permute(tl.reshape(total, (BLOCK_N, 2, BLOCK_M)), (0, 2, 1)))
-            else:
-                gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
+            gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
             if LIMITED:  # comparisons that keep NaN
                 gate = tl.where(gate > limit, limit, gate)
                 up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
