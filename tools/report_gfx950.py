@@ -85,7 +85,7 @@ def unit(name: str) -> str:
 def width(one: Instruction) -> int:
     """Bytes of a lane that a memory or LDS instruction moves."""
     parts = one.name.replace("ubyte", "byte").replace("sbyte", "byte").replace("ushort", "short").split("_")
-    (size,) = [WIDTHS[part] for part in parts if part in WIDTHS][-1:]
+    size = next(WIDTHS[part] for part in parts if part in WIDTHS)
     return size * (2 if "read2" in one.name or "write2" in one.name else 1)
 
 
