@@ -136,6 +136,9 @@ class Report:
     rows: int
     """Of weights in a tile."""
     block_m: int
+    block_k: int
+    depth: int
+    """Columns of K, all trips."""
     warps: int
     stages: int
     counts: Counter
@@ -143,7 +146,9 @@ class Report:
     busy: dict[str, float]
     """Clocks of a CU's units for one workgroup; all four SIMDs work at once."""
     k: float
-    """Columns of K."""
+    """Columns of K; 0 if there is no loop."""
+    after: float
+    """Clocks of the vector unit after the loop, once a workgroup."""
     narrow: Counter
     """Loads of less than 4 bytes a lane, by name."""
     code: machine_code.Code
@@ -171,7 +176,7 @@ class Report:
     @property
     def in_flight(self) -> int:
         """Bytes of weights that a CU has under way: all stages but the one that is multiplied."""
-        return round((self.stages - 1) * self.rows * self.k) * self.workgroups
+        return min((self.stages - 1) * self.block_k, self.depth) * self.rows * self.workgroups
 
 
 def read(launch: Launch, kernel) -> Report:
@@ -180,6 +185,7 @@ def read(launch: Launch, kernel) -> Report:
     program = parse(code.text)
     loop = matrix_loop(program.instructions)
     a, warps = launch.arguments, launch.options["num_warps"]
+    last = loop[-1].index + 1 if loop else 0
     counts, busy = Counter(), dict.fromkeys(UNITS if loop else (), 0.0)
     for one in loop:
         counts[unit(one.name)] += 1
@@ -188,8 +194,9 @@ def read(launch: Launch, kernel) -> Report:
     weight_rows = (2 if a["GATE_UP"] else 1) * a["BLOCK_N"]
     work = sum(flop(one) for one in loop if unit(one.name) == "MFMA") * warps
     return Report(
-        rows=weight_rows, block_m=a["BLOCK_M"], warps=warps, stages=launch.options["num_stages"], counts=counts,
-        busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]),
+        rows=weight_rows, block_m=a["BLOCK_M"], block_k=a["BLOCK_K"], depth=a["K"], warps=warps,
+        stages=launch.options["num_stages"], counts=counts, busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]),
+        after=sum(clocks(one).get("VALU", 0) for one in program.instructions[last:]) * warps / SIMDS,
         narrow=Counter(
             one.name for one in loop
             if unit(one.name) in ("LDS", "VMEM") and width(one) < 4 and ("load" in one.name or "read" in one.name)
