@@ -13,13 +13,13 @@ lower bounds of time: dependences, latency, bank conflicts and cache misses are 
 """
 
 import argparse
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-import torch
 import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
@@ -30,7 +30,7 @@ from gfx950_simulator.hazards import violations  # noqa: E402
 from gfx950_simulator.machine import Program  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import plan, tiles_bound  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import Launch, compile_offline  # noqa: E402
 from torch_mxfp8moe.backends.triton.targets import Target  # noqa: E402
 from torch_mxfp8moe.configs import Gemm, Tiles  # noqa: E402
@@ -38,24 +38,29 @@ from torch_mxfp8moe.configs import Gemm, Tiles  # noqa: E402
 TARGET = Target("gfx950")
 
 # --- the machine, as public documents have it
+# ISA: https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/instruction-set-architectures/\
+#      amd-instinct-cdna4-instruction-set-architecture.pdf
+# white paper: https://www.amd.com/content/dam/amd/en/documents/instinct-tech-docs/white-papers/\
+#      amd-cdna-4-architecture-whitepaper.pdf
+# profiler: https://rocm.docs.amd.com/projects/rocprofiler-compute, "CDNA performance model"
+
 CUS, LDS = 256, 160 << 10
-"""https://rocm.docs.amd.com/en/latest/reference/gpu-arch-specs.html"""
+"""https://rocm.docs.amd.com/en/latest/reference/gpu-specs.html, MI355X."""
 CLOCK, HBM = 2.4e9, 8e12
-"""Hz at most, and bytes a second: AMD's data sheet of the MI355X."""
-SIMDS, LANES = 4, 64
-REGISTERS, REGISTER_STEP, WAVES = 512, 8, 8
-"""Vector registers of a SIMD by lane, accumulation registers included, and in what steps and by how many waves they are
-taken: LLVM's AMDGPUBaseInfo.cpp for gfx90a and later."""
+"""Hz at most, and bytes a second (white paper, MI355X)."""
+SIMDS, LANES, WAVES = 4, 64, 8
+"""Of a CU; lanes of a wave; waves that a SIMD takes (profiler, "Pipeline descriptions")."""
+REGISTERS, REGISTER_STEP = 512, 8
+"""Vector registers of a SIMD by lane, accumulation registers included, and in what steps waves take them (ISA)."""
 FLOP = {"f8f6f4": 2048, "bf16": 1024, "f16": 1024}
-"""Of a matrix unit (one a SIMD) in a clock: the passes of 4 clocks of the CDNA4 ISA guide's chapter 7, which agree with
-the 5.03 and 2.5 PFLOP/s of the data sheet."""
+"""Of a SIMD's matrix unit in a clock, with operands of 8 bits for the first: the ISA's passes of 4 clocks, which agree
+with the white paper's 5.0 and 2.5 PFLOP/s."""
 VECTOR, SCALAR, SLOW = 4, 4, 16
-"""Clocks of a SIMD that a vector instruction of 64 lanes takes, the turn of a SIMD at the scalar unit, and a
-transcendental one: 16 lanes wide, four SIMDs in turn, a quarter of the rate (AMD's white paper "Graphics Core Next" and
-the CDNA3 ISA guide)."""
+"""Clocks that an instruction takes of a SIMD, which is 16 lanes wide (profiler); of its turn at the scalar unit, which
+four SIMDs share; a transcendental one, at a quarter of the rate."""
 LDS_BYTES, L1_BYTES, ADDRESSES = 128, 64, 16
-"""Of a CU in a clock: LDS (CDNA4 white paper), vector L1, and lanes that the address unit takes (the pages on the LDS
-and on the vector L1 cache of https://rocm.docs.amd.com/projects/rocprofiler-compute)."""
+"""In a clock, of a CU: bytes of LDS, read or written (white paper: reads), bytes of the vector L1 cache and lanes whose
+addresses are taken (profiler, "Vector L1 cache")."""
 LATENCY = 0.9e-6
 """Seconds that a load from HBM takes under load, an assumption; times HBM and over the CUs it is ENOUGH."""
 ENOUGH = 28 << 10
@@ -78,8 +83,8 @@ def unit(name: str) -> str:
         return "LDS"
     if name.startswith(("global_", "buffer_", "flat_", "scratch_")):
         return "VMEM"
-    control = ("s_waitcnt", "s_barrier", "s_nop", "s_branch", "s_cbranch", "s_setprio", "s_sched", "s_endpgm", "s_sleep")
-    return "other" if name.startswith(control) else "SALU"
+    control = r"s_(waitcnt|barrier|nop|branch|cbranch|setprio|sched|endpgm|sleep)"
+    return "other" if re.match(control, name) else "SALU"
 
 
 def width(one: Instruction) -> int:
@@ -119,14 +124,16 @@ def clocks(one: Instruction) -> dict[str, float]:
 
 
 def matrix_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most matrix instructions; empty if there is none (few trips are unrolled)."""
+    """The innermost loop with the most matrix instructions. Few trips are unrolled: then all up to the last one."""
     loops = [
         instructions[one.target : one.index + 1]
         for one in instructions
         if one.target is not None and one.target <= one.index
     ]
     inner = [loop for loop in loops if not any(a is not loop and a[0] in loop and a[-1] in loop for a in loops)]
-    return max(inner, key=lambda loop: sum(unit(one.name) == "MFMA" for one in loop), default=[])
+    matrix = [one for one in instructions if unit(one.name) == "MFMA"]
+    best = max(inner, key=lambda loop: sum(one in matrix for one in loop), default=[])
+    return best if any(one in matrix for one in best) else instructions[: matrix[-1].index + 1]
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,9 @@ class Report:
     busy: dict[str, float]
     """Clocks of a CU's units for one workgroup; all four SIMDs work at once."""
     k: float
-    """Columns of K; 0 if there is no loop."""
+    """Columns of K."""
+    unrolled: bool
+    """There is no loop; what is counted is all trips at once."""
     after: float
     """Clocks of the vector unit after the loop, once a workgroup."""
     narrow: Counter
@@ -159,7 +168,7 @@ class Report:
 
     @property
     def busiest(self) -> str:
-        return max(self.busy, key=self.busy.get, default="-")
+        return max(self.busy, key=self.busy.get)
 
     @property
     def waves(self) -> int:
@@ -185,8 +194,8 @@ def read(launch: Launch, kernel) -> Report:
     program = parse(code.text)
     loop = matrix_loop(program.instructions)
     a, warps = launch.arguments, launch.options["num_warps"]
-    last = loop[-1].index + 1 if loop else 0
-    counts, busy = Counter(), dict.fromkeys(UNITS if loop else (), 0.0)
+    unrolled = loop[-1].target != loop[0].index
+    counts, busy = Counter(), dict.fromkeys(UNITS, 0.0)
     for one in loop:
         counts[unit(one.name)] += 1
         for name, time in clocks(one).items():
@@ -195,13 +204,13 @@ def read(launch: Launch, kernel) -> Report:
     work = sum(flop(one) for one in loop if unit(one.name) == "MFMA") * warps
     return Report(
         rows=weight_rows, block_m=a["BLOCK_M"], block_k=a["BLOCK_K"], depth=a["K"], warps=warps,
-        stages=launch.options["num_stages"], counts=counts, busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]),
-        after=sum(clocks(one).get("VALU", 0) for one in program.instructions[last:]) * warps / SIMDS,
+        stages=launch.options["num_stages"], counts=counts, busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]), unrolled=unrolled,
+        after=sum(clocks(one).get("VALU", 0) for one in program.instructions[loop[-1].index + 1 :]) * warps / SIMDS,
         narrow=Counter(
             one.name for one in loop
             if unit(one.name) in ("LDS", "VMEM") and width(one) < 4 and ("load" in one.name or "read" in one.name)
         ),
-        code=code, accumulation=machine_code._one(r"\.agpr_count: +(\d+)", code.text),
+        code=code, accumulation=int(re.search(r"\.agpr_count: +(\d+)", code.text)[1]),
         hazards=len(violations(Program(program))),
     )  # fmt: skip
 
@@ -222,18 +231,24 @@ def describe(gemm: Gemm) -> str:
     return f"{gemm.block_k}, {gemm.num_warps}w {gemm.num_stages}s{options}"
 
 
-HEADER = ["row", "product", "tile (tokens x rows x K)", "MFMA", *(f"{name}" for name in UNITS[1:]), "busiest",
-          "instructions", "narrow loads", "registers", "scratch", "LDS KiB", "workgroups", "in flight KiB", "hazards"]  # fmt: skip
+HEADER = [
+    "row", "product", "tile: tokens x rows x K", *UNITS, "busiest", "instructions", "narrow loads", "VALU after",
+    "registers", "stack", "LDS KiB", "workgroups", "in flight KiB", "hazards",
+]  # fmt: skip
+LEGEND = f"""Of one trip of the loop (unrolled: of all trips). MFMA: clocks of a CU for a workgroup; VALU to VMEM: theirs, in parts of
+MFMA's; instructions: {", ".join((*UNITS, "other"))}, of one wave; narrow loads: of less than 4 bytes a lane. VALU after:
+clocks behind the loop. Workgroups: of a CU. In flight: KiB of weights of a CU; at decode it takes {ENOUGH >> 10}. Hazards: missing
+wait states."""
 
 
 def line(name: str, product: int, gemm: Gemm, r: Report) -> list[str]:
-    share = [f"{r.busy[u] / r.busy['MFMA']:.0%}" for u in UNITS[1:]] if r.busy else ["-"] * 4
+    share = [f"{r.busy[u] / r.busy['MFMA']:.0%}" for u in UNITS[1:]]
     return [
         name, str(product), f"{r.block_m} x {r.rows} x {describe(gemm)}",
-        f"{r.busy['MFMA']:.0f}" if r.busy else "no loop", *share, r.busiest,
+        f"{r.busy['MFMA']:.0f}" + " (unrolled)" * r.unrolled, *share, r.busiest,
         " ".join(f"{r.counts[u]}" for u in (*UNITS, "other")),
         " ".join(f"{count}x {kind}" for kind, count in r.narrow.items()) or "none",
-        f"{r.code.registers} ({r.accumulation} acc)", str(r.code.stack), f"{r.code.shared / 1024:.1f}",
+        f"{r.after:.0f}", f"{r.code.registers} ({r.accumulation} acc)", str(r.code.stack), f"{r.code.shared / 1024:.1f}",
         str(r.workgroups), f"{r.in_flight / 1024:.0f}", str(r.hazards),
     ]  # fmt: skip
 
@@ -246,7 +261,6 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 AITER = {
     "MiniMax-M3 + fused shared expert TP4": {1: 25.6, 16: 182.6, 64: 294.9, 256: 303.7, 1024: 342.7, 8192: 1073.9},
-    "MiniMax-M3 + fused shared expert TP8": {},
     "GLM-5 + fused shared expert TP4": {1: 27.0, 16: 181.5, 64: 351.2, 256: 409.2, 1024: 474.8, 8192: 1516.1},
 }
 """Microseconds of both products in the tuning files of https://github.com/ROCm/aiter at commit e4048607a5."""
@@ -260,12 +274,13 @@ def times(row: Row, tokens: int, r: Report, launch: Launch) -> dict[str, float]:
     experts = min(row.local, routes)
     tiles = experts * ceil(routes / experts / r.block_m)
     groups = ceil(tiles) * ceil(a["N"] / a["BLOCK_N"])
-    trips = a["K"] / r.k
+    trips = ceil(a["K"] / r.k)
     halves = 2 if a["GATE_UP"] else 1
     weights = experts * halves * a["N"] * a["K"] * 33 / 32
     activations = routes * (a["K"] * 33 / 32 + a["N"] * (33 / 32 if halves == 2 else 2))
     cus = min(groups, CUS)
-    found = {name: ceil(groups / CUS) * trips * busy / CLOCK for name, busy in r.busy.items()}
+    busy = {name: trips * clocks + (r.after if name == "VALU" else 0) for name, clocks in r.busy.items()}
+    found = {name: ceil(groups / CUS) * clocks / CLOCK for name, clocks in busy.items()}
     under_way = cus * min(r.in_flight, r.in_flight / r.workgroups * ceil(groups / CUS))
     found["HBM"] = (weights + activations) / HBM
     found["latency"] = weights / under_way * LATENCY if under_way else 0.0
@@ -324,8 +339,7 @@ def main() -> None:
         for row in chosen for one in tiles for i, report in enumerate(reports(row, one, args.activations))
     ]  # fmt: skip
     print(f"STATIC: nothing ran. gfx950, Triton {triton.__version__}, {args.activations} activations.\n")
-    print("MFMA: clocks of a loop's trip; VALU to VMEM: their clocks in parts of those; instructions: MFMA VALU SALU LDS")
-    print(f"VMEM other, of one wave. Wanted in flight at decode: {ENOUGH >> 10} KiB.\n")
+    print(LEGEND + "\n")
     print(table(HEADER, lines))
     if args.times:
         print("\nAt best, by these counts: an ESTIMATE, nothing ran. aiter's: its own measurements.\n")
