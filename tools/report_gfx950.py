@@ -147,7 +147,8 @@ class Report:
     depth: int
     """Columns of K, all trips."""
     warps: int
-    stages: int
+    ahead: int
+    """Stages whose loads are under way at once."""
     counts: Counter
     """Instructions of one wave by unit."""
     busy: dict[str, float]
@@ -184,8 +185,9 @@ class Report:
 
     @property
     def in_flight(self) -> int:
-        """Bytes of weights that a CU has under way: all stages but the one that is multiplied."""
-        return min((self.stages - 1) * self.block_k, self.depth) * self.rows * self.workgroups
+        """Bytes of weights that a CU has under way: all stages but the one that is multiplied if loads go straight to
+        LDS, else those of one stage, which registers hold."""
+        return min(self.ahead * self.block_k, self.depth) * self.rows * self.workgroups
 
 
 def read(launch: Launch, kernel) -> Report:
@@ -194,7 +196,6 @@ def read(launch: Launch, kernel) -> Report:
     program = parse(code.text)
     loop = matrix_loop(program.instructions)
     a, warps = launch.arguments, launch.options["num_warps"]
-    unrolled = loop[-1].target != loop[0].index
     counts, busy = Counter(), dict.fromkeys(UNITS, 0.0)
     for one in loop:
         counts[unit(one.name)] += 1
@@ -204,7 +205,9 @@ def read(launch: Launch, kernel) -> Report:
     work = sum(flop(one) for one in loop if unit(one.name) == "MFMA") * warps
     return Report(
         rows=weight_rows, block_m=a["BLOCK_M"], block_k=a["BLOCK_K"], depth=a["K"], warps=warps,
-        stages=launch.options["num_stages"], counts=counts, busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]), unrolled=unrolled,
+        ahead=launch.options["num_stages"] - 1 if any(map(to_lds, program.instructions)) else 1,
+        counts=counts, busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]),
+        unrolled=loop[-1].target != loop[0].index,
         after=sum(clocks(one).get("VALU", 0) for one in program.instructions[loop[-1].index + 1 :]) * warps / SIMDS,
         narrow=Counter(
             one.name for one in loop
@@ -235,10 +238,10 @@ HEADER = [
     "row", "product", "tile: tokens x rows x K", *UNITS, "busiest", "instructions", "narrow loads", "VALU after",
     "registers", "stack", "LDS KiB", "workgroups", "in flight KiB", "hazards",
 ]  # fmt: skip
-LEGEND = f"""Of one trip of the loop (unrolled: of all trips). MFMA: clocks of a CU for a workgroup; VALU to VMEM: theirs, in parts of
-MFMA's; instructions: {", ".join((*UNITS, "other"))}, of one wave; narrow loads: of less than 4 bytes a lane. VALU after:
-clocks behind the loop. Workgroups: of a CU. In flight: KiB of weights of a CU; at decode it takes {ENOUGH >> 10}. Hazards: missing
-wait states."""
+LEGEND = f"""Of one trip of the loop (unrolled: of all trips). MFMA: clocks of a CU for a workgroup; VALU to VMEM:
+theirs, in parts of MFMA's. Instructions: {", ".join((*UNITS, "other"))}, of one wave. Narrow loads: of less than
+4 bytes a lane. VALU after: clocks behind the loop. Workgroups: of a CU. In flight: KiB of weights
+of a CU; at decode it takes {ENOUGH >> 10}. Hazards: missing wait states."""
 
 
 def line(name: str, product: int, gemm: Gemm, r: Report) -> list[str]:
@@ -248,8 +251,8 @@ def line(name: str, product: int, gemm: Gemm, r: Report) -> list[str]:
         f"{r.busy['MFMA']:.0f}" + " (unrolled)" * r.unrolled, *share, r.busiest,
         " ".join(f"{r.counts[u]}" for u in (*UNITS, "other")),
         " ".join(f"{count}x {kind}" for kind, count in r.narrow.items()) or "none",
-        f"{r.after:.0f}", f"{r.code.registers} ({r.accumulation} acc)", str(r.code.stack), f"{r.code.shared / 1024:.1f}",
-        str(r.workgroups), f"{r.in_flight / 1024:.0f}", str(r.hazards),
+        f"{r.after:.0f}", f"{r.code.registers} ({r.accumulation} acc)", str(r.code.stack),
+        f"{r.code.shared / 1024:.1f}", str(r.workgroups), f"{r.in_flight / 1024:.0f}", str(r.hazards),
     ]  # fmt: skip
 
 
