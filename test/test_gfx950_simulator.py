@@ -372,8 +372,10 @@ def test_16_bit_packed_instructions():
         assert halves(add[lane]) == (a0 + b0 & 0xFFFF, a1 + b1 & 0xFFFF)
         largest = max(signed(a0, 16), signed(b1, 16)) & 0xFFFF
         assert halves(low[lane]) == (largest, largest)
-    (difference,) = execute("v_pk_sub_u16 v10, v1, v2 clamp", a, b)
+    difference, low = execute("v_pk_sub_u16 v10, v1, v2 clamp\nv_pk_sub_u16 v11, v1, 8 clamp", a, b,
+                              outputs=("v10", "v11"))  # fmt: skip
     for lane in range(64):
+        assert halves(low[lane]) == (max(0, halves(a[lane])[0] - 8), halves(a[lane])[1])
         assert halves(difference[lane]) == tuple(max(0, x - y) for x, y in zip(halves(a[lane]), halves(b[lane])))
 
 

@@ -766,7 +766,9 @@ def _packed(names: str, element: str, count: int, plain: Callable, clamped: Call
             for one, high, neg in zip(sources, select, negative):
                 if one.kind == "imm":
                     if high and one.value:
-                        raise AssemblyError(f"{instruction}: the high half of a constant")
+                        if element not in ("u16", "i16") or isinstance(one.value, float) or one.value < 0:
+                            raise AssemblyError(f"{instruction}: the high half of a constant")
+                        one = Operand("imm", value=one.value >> 16)  # a constant has 32 bits
                     source = vector_source(one, element)
                 elif wide:
                     source = vector_source(Operand(one.kind, one.index + bool(high)), element)
