@@ -372,6 +372,11 @@ def test_16_bit_packed_instructions():
         assert halves(add[lane]) == (a0 + b0 & 0xFFFF, a1 + b1 & 0xFFFF)
         largest = max(signed(a0, 16), signed(b1, 16)) & 0xFFFF
         assert halves(low[lane]) == (largest, largest)
+    difference, low = execute("v_pk_sub_u16 v10, v1, v2 clamp\nv_pk_sub_u16 v11, v1, 8 clamp", a, b,
+                              outputs=("v10", "v11"))  # fmt: skip
+    for lane in range(64):
+        assert halves(low[lane]) == (max(0, halves(a[lane])[0] - 8), halves(a[lane])[1])
+        assert halves(difference[lane]) == tuple(max(0, x - y) for x, y in zip(halves(a[lane]), halves(b[lane])))
 
 
 def test_conversions():
@@ -1271,6 +1276,15 @@ def test_wait_counts_in_order():
     s_waitcnt vmcnt(0) lgkmcnt(0)"""
     got = execute(body, ONES, outputs=("v11", "v12", "v13", "v14"), lds=256)
     assert [x[0] for x in got] == [1, 2, 2, 1]
+
+
+def test_no_more_loads_are_under_way_than_are_counted():
+    """With 63 of them no further one is issued, so that the oldest needs no wait."""
+    later = ["global_load_dword v11, v200, s[4:5]"] * 63
+    body = ["global_load_dword v10, v200, s[4:5]", *later, "v_add_u32_e32 v12, 1, v10", "s_waitcnt vmcnt(0)"]
+    assert execute("\n".join(body), ONES, outputs=("v12",))[0][0] == 2
+    del body[1]
+    fails("v10 is read before a wait on vmcnt", "\n".join(body), ONES)
 
 
 A, B = "v[1:4]", "v[5:8]"

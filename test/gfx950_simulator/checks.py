@@ -310,6 +310,9 @@ class _Counters:
     def issue(self, m: Machine, instruction: Instruction) -> None:
         for counter in self.of(instruction):
             self.issued[counter][m.waves] += 1
+            if counter == "vmcnt":  # 6 bits: one more is not issued before the oldest of 63 has arrived
+                done = self.done[counter]
+                done[m.waves] = np.maximum(done[m.waves], self.issued[counter][m.waves] - 63)
             if instruction.unit == "smem":
                 self.last_scalar[m.waves] = self.issued[counter][m.waves]
 

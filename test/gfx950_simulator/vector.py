@@ -748,13 +748,14 @@ for _format in ("fp8", "bf8"):
 # --- packed
 
 
-def _packed(names: str, element: str, count: int, function: Callable) -> None:
+def _packed(names: str, element: str, count: int, plain: Callable, clamped: Callable | None = None) -> None:
     """One operation on two elements; op_sel and op_sel_hi choose each operand's element for the low and high result."""
 
     @define(names, "valu")
     def _(instruction):
         modifiers, sources = instruction.modifiers, instruction.operands[1:]
-        if len(sources) != count or modifiers.get("clamp"):
+        function = clamped if modifiers.get("clamp") else plain
+        if len(sources) != count or function is None:
             raise AssemblyError(f"{instruction}: form is not known")
         wide = np.dtype(DTYPES[element]).itemsize == 4
         halves = []
@@ -765,7 +766,9 @@ def _packed(names: str, element: str, count: int, function: Callable) -> None:
             for one, high, neg in zip(sources, select, negative):
                 if one.kind == "imm":
                     if high and one.value:
-                        raise AssemblyError(f"{instruction}: the high half of a constant")
+                        if element not in ("u16", "i16") or isinstance(one.value, float) or one.value < 0:
+                            raise AssemblyError(f"{instruction}: the high half of a constant")
+                        one = Operand("imm", value=one.value >> 16)  # a constant has 32 bits
                     source = vector_source(one, element)
                 elif wide:
                     source = vector_source(Operand(one.kind, one.index + bool(high)), element)
@@ -801,7 +804,7 @@ _packed("v_pk_mul_f16", "f16", 2, np.multiply)
 _packed("v_pk_max_f16", "f16", 2, np.fmax)
 _packed("v_pk_min_f16", "f16", 2, np.fmin)
 _packed("v_pk_add_u16", "u16", 2, np.add)
-_packed("v_pk_sub_u16", "u16", 2, np.subtract)
+_packed("v_pk_sub_u16", "u16", 2, np.subtract, lambda a, b: np.maximum(a, b) - b)
 _packed("v_pk_mul_lo_u16", "u16", 2, np.multiply)
 _packed("v_pk_max_u16", "u16", 2, np.maximum)
 _packed("v_pk_min_u16", "u16", 2, np.minimum)

@@ -134,7 +134,9 @@ class _Part:
             )  # fmt: skip
         # On AMD GPUs a wave's 64 lanes hold the rows of an operand (that many) several times, each with other blocks.
         rows_of_instruction = tile.options.get("matrix_instr_nonkdim", 64)
-        groups = min(64 // rows_of_instruction, block_k // BLOCK) if self.scaled else 1
+        # Through that order and another layout's at once, Triton sees no neighbours and fetches weights byte by byte.
+        reorder = self.scaled and call.layout == "row_major"
+        groups = min(64 // rows_of_instruction, block_k // BLOCK) if reorder else 1
         weighted = gate_up and self.weight_on_input
         limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))

@@ -67,12 +67,14 @@ def _weight_tile(
 
 @triton.jit
 def _scale_tile(
-    scale, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Scale bytes [rows, BLOCK_K / 32] from column k on; beyond K the byte of 2^-127, whose codes are zeros."""
+    scale, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Scale bytes [rows, BLOCK_K / 32] from column k on; TAIL: where they may be beyond K, and are then the byte of
+    2^-127, whose codes are zeros."""
     block = k // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
     pointers = scale + (row_offset[:, None] + offset(block, COLUMNS, COLUMN_DIGITS)[None, :])
-    return tl.load(pointers, mask=(block < K // BLOCK)[None, :], other=0)
+    return tl.load(pointers, mask=(block < K // BLOCK)[None, :] if TAIL else None, other=0 if TAIL else None)
 
 
 @triton.jit
@@ -136,13 +138,15 @@ def grouped_gemm_kernel(
 
         total = tl.zeros([rows, BLOCK_M], tl.float32)
         if not SCALED:
-            byte = _scale_tile(scales, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+            byte = _scale_tile(scales, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K, True)
         for k in tl.range(0, K, BLOCK_K):
             if SCALED:  # Pipelined by the compiler; carried from trip to trip, they crash Triton 3.6 and 3.7 on sm_100.
-                byte = _scale_tile(scales, s_row, k, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+                byte = _scale_tile(scales, s_row, k, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K, K % BLOCK_K > 0)
                 byte = _in_columns_order(byte, GROUPS)
             else:  # Small loads that the compiler does not pipeline: the next trip's are under way during this one.
-                byte_next = _scale_tile(scales, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K)
+                byte_next = _scale_tile(
+                    scales, s_row, k + BLOCK_K, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K, True
+                )  # fmt: skip
             k_index = k + _columns(BLOCK_K, GROUPS)
             if DESCRIPTORS:
                 x_tile = x.load([first, k]).T
@@ -155,7 +159,7 @@ def grouped_gemm_kernel(
                 block = k // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
                 x_byte = tl.load(
                     x_scale + (safe_slot[:, None] * (K // BLOCK) + block[None, :]),
-                    mask=(block < K // BLOCK)[None, :], other=0,
+                    mask=(block < K // BLOCK)[None, :] if K % BLOCK_K else None, other=0 if K % BLOCK_K else None,
                 )  # fmt: skip
                 x_byte = _in_columns_order(x_byte, GROUPS)
             else:
@@ -175,7 +179,11 @@ def grouped_gemm_kernel(
             total *= weight[None, :]
         if GATE_UP:
             gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
-            if LIMITED:  # comparisons that keep NaN
+            if LIMITED and SCALED:  # comparisons of many values at once take more scalar registers than AMD GPUs have
+                gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+                up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+                up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+            elif LIMITED:  # comparisons that keep NaN
                 gate = tl.where(gate > limit, limit, gate)
                 up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
             total = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)

@@ -1,0 +1,87 @@
+"""The static report on gfx950: its counts against ones that are made by hand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_mxfp8moe.backends.triton import _interpreted
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+if _interpreted():
+    pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import report_gfx950 as report  # noqa: E402
+from gfx950_simulator.assembly import instruction, parse  # noqa: E402
+from shapes import rows  # noqa: E402
+
+LOOP = """
+  v_mov_b32_e32 v1, 0
+.LBB0_1:
+  v_mfma_scale_f32_16x16x128_f8f6f4 v[8:11], v[16:23], v[24:31], v[8:11], v2, v3 op_sel_hi:[0,0,0]
+.LBB0_2:
+  ds_read_b128 v[16:19], v4
+  ds_read_u8 v2, v4 offset:64
+  global_load_dwordx4 v[20:23], v5, s[4:5]
+  buffer_load_dwordx4 v6, s[8:11], 0 offen lds
+  v_exp_f32_e32 v7, v7
+  v_mfma_scale_f32_16x16x128_f8f6f4 v[8:11], v[16:23], v[24:31], v[8:11], v2, v3 op_sel_hi:[0,0,0]
+  v_mfma_scale_f32_32x32x64_f8f6f4 v[32:47], v[16:23], v[24:31], v[32:47], v2, v3 op_sel_hi:[0,0,0]
+  v_mfma_f32_32x32x16_bf16 v[32:47], v[16:19], v[24:27], v[32:47]
+  s_waitcnt vmcnt(0)
+  s_barrier
+  s_add_i32 s0, s0, 1
+  s_cbranch_scc1 .LBB0_2
+  s_cbranch_vccnz .LBB0_1
+  v_mov_b32_e32 v1, 0
+  s_endpgm
+.amdhsa_kernel loop
+.end_amdhsa_kernel
+"""
+
+
+def test_the_loop_with_the_matrix_instructions_is_found():
+    loop = report.matrix_loop(parse(LOOP).instructions)
+    assert [loop[0].name, loop[-1].name, len(loop)] == ["ds_read_b128", "s_cbranch_scc1", 12]
+
+
+def test_without_a_loop_all_trips_are_counted():
+    straight = LOOP.replace("  s_cbranch_scc1 .LBB0_2\n", "").replace("  s_cbranch_vccnz .LBB0_1\n", "")
+    assert report.matrix_loop(parse(straight).instructions)[-1].name == "v_mfma_f32_32x32x16_bf16"
+
+
+@pytest.mark.parametrize(
+    "text, clocks",
+    [
+        ("v_mfma_scale_f32_16x16x128_f8f6f4 v[8:11], v[16:23], v[24:31], v[8:11], v2, v3", {"MFMA": 32}),
+        ("v_mfma_scale_f32_32x32x64_f8f6f4 v[0:15], v[16:23], v[24:31], v[0:15], v2, v3", {"MFMA": 64}),
+        ("v_mfma_f32_16x16x32_bf16 v[8:11], v[16:19], v[24:27], v[8:11]", {"MFMA": 16}),
+        ("v_add_u32_e32 v1, v2, v3", {"VALU": 4}),
+        ("v_exp_f32_e32 v1, v2", {"VALU": 16}),
+        ("s_add_i32 s0, s0, 1", {"SALU": 4}),
+        ("s_barrier", {}),
+        ("ds_read_b128 v[0:3], v4", {"LDS": 8}),
+        ("ds_read_u8 v0, v4", {"LDS": 2}),
+        ("ds_read2_b64 v[0:3], v4 offset1:1", {"LDS": 8}),
+        ("ds_read_b64_tr_b8 v[0:1], v4", {"LDS": 4}),
+        ("global_load_dwordx4 v[0:3], v4, s[0:1]", {"VMEM": 16}),
+        ("global_load_ubyte v0, v4, s[0:1]", {"VMEM": 4}),
+        ("global_load_lds_dwordx4 v4, s[0:1]", {"VMEM": 16, "LDS": 8}),
+        ("buffer_load_dwordx4 v6, s[8:11], 0 offen lds", {"VMEM": 16, "LDS": 8}),
+    ],
+)
+def test_clocks(text, clocks):
+    assert report.clocks(instruction(0, 1, text)) == clocks
+
+
+def test_a_shipped_tile():
+    """128 x 128 x 128 on 4 waves: 2 * 128^3 flop a trip, 4 SIMDs of 2048 flop a clock, and every operand byte once."""
+    tile = report.tile("128,128,128,4,2,matrix_instr_nonkdim=16")
+    _, second = report.reports(rows()["Qwen3-235B-A22B TP1"], tile)
+    assert not second.unrolled and second.k == 128
+    assert second.busy["MFMA"] == 2 * 128**3 / (4 * 2048) == 512 and second.counts["MFMA"] == 16
+    assert second.busy["VMEM"] >= 2 * 128 * 128 / 64
+    assert second.workgroups in (1, 2) and second.in_flight == 128 * 128 * second.workgroups
+    assert second.hazards == 0 and second.code.stack == 0
