@@ -36,6 +36,14 @@ class Kernel:
         check_wait_states(program)
         return cls(program, parameters, compiled.metadata.num_warps, compiled.metadata.shared)
 
+    @classmethod
+    def of_text(cls, text: str, parameters: list[tuple[str, str]]) -> "Kernel":
+        """Of any compiler's assembly whose metadata gives the size of a workgroup and whose LDS is all static."""
+        program = Program(parse(text))
+        check_wait_states(program)
+        code = program.code
+        return cls(program, parameters, code.threads // 64, code.descriptor["group_segment_fixed_size"])
+
 
 @dataclass
 class Statistics:
