@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,20 +70,35 @@ class Case:
     E: int
     topk: int
     T: int
+    away: int = 0
+    """Experts on other ranks, from E on; the first token has only such ones."""
 
 
-# The kernels that aiter's tuned tables name for these models and token counts; sizes are cut.
+# Kernels that aiter's tuned tables name for these models and token counts, and its choice where no row fits; sizes are
+# cut.
 CASES = (
-    Case("MiniMax-M3, SwiGLU-OAI, decode", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w4_gui_kw2_fp8",
+    Case("MiniMax-M3 decode: SwiGLU-OAI", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w4_gui_kw2_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x256_atomic_nt_sbm32", SWIGLU_OAI, 512, 256, 4, 2, 13),
-    Case("MiniMax-M3, SwiGLU-OAI, prefill, I = 384", "flydsl_moe1_afp8_wfp8_bf16_t64x128x256_w2_gui_fp8",
+    Case("MiniMax-M3 decode, one token", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w2_gui_kw2_fp8",
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x128_atomic_nt_sbm32", SWIGLU_OAI, 1024, 384, 8, 4, 1),
+    Case("MiniMax-M3 decode, sums apart", "flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui_fp8",
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x128_reduce_nt_sbm32", SWIGLU_OAI, 512, 384, 4, 2, 13),
+    Case("MiniMax-M3 prefill, 64 rows", "flydsl_moe1_afp8_wfp8_bf16_t64x128x256_w2_gui_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t64x128x128_atomic_nt_sbm64", SWIGLU_OAI, 512, 384, 4, 2, 100),
-    Case("GLM-5, SiLU, decode", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w3_gui_fp8",
+    Case("MiniMax-M3 prefill, 128 rows", "flydsl_moe1_afp8_wfp8_bf16_t128x128x256_w2_bnt0_gui_fp8",
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t64x128x128_atomic_sbm128", SWIGLU_OAI, 512, 256, 3, 2, 150),
+    Case("MiniMax-M3, expert parallel", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w4_gui_fp8",
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x256x256_atomic_nt_sbm32", SWIGLU_OAI, 512, 256, 4, 2, 30, 4),
+    Case("GLM-5 decode: SiLU", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w3_gui_fp8",
          "flydsl_moe2_afp8_wfp8_bf16_t32x128x128_atomic_bnt2", SILU, 512, 256, 6, 3, 9),
-    Case("GLM-5, SiLU, prefill, bf16 between", "flydsl_moe1_afp8_wfp8_bf16_t64x128x256_w4_bnt0_gui",
+    Case("GLM-5 decode, sums apart", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_gui_xcd4_kw2_fp8",
+         "flydsl_moe2_afp8_wfp8_bf16_t32x128x256_reduce", SILU, 512, 256, 6, 3, 9),
+    Case("GLM-5 prefill, 64 rows, bf16 between", "flydsl_moe1_afp8_wfp8_bf16_t64x128x256_w4_bnt0_gui",
          "flydsl_moe2_afp8_wfp8_bf16_t64x128x256_atomic_bnt2_persist", SILU, 512, 512, 4, 2, 100),
-    Case("MiniMax-M3, SwiGLU-OAI, one token", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w4_gui_kw2_fp8",
-         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x256_atomic_nt_sbm32", SWIGLU_OAI, 512, 256, 8, 4, 1),
+    Case("GLM-5 prefill, 128 rows", "flydsl_moe1_afp8_wfp8_bf16_t128x128x256_w4_gui_fp8",
+         "flydsl_moe2_afp8_wfp8_bf16_t64x128x128_atomic_sbm128", SILU, 512, 256, 3, 2, 150),
+    Case("not in a table: SiLU, limit 10", "flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui",
+         "flydsl_moe2_afp8_wfp8_bf16_t32x128x256_atomic_bnt2", SILU | dict(swiglu_limit=10.0), 512, 256, 4, 2, 13),
 )  # fmt: skip
 
 
@@ -101,6 +117,7 @@ class Sorted:
     """int32: the expert of each block of rows."""
     valid: torch.Tensor
     """int32 [2]: rows that hold something, and tokens."""
+    block: int
 
     @property
     def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -110,10 +127,17 @@ class Sorted:
         real = token < self.valid[1]
         return row[real], token[real], slot[real]
 
+    def unwritten(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What aiter leaves undefined: tensors and where (bool, by element)."""
+        end = int(self.valid[0])
+        ends = (self.ids, end), (self.weights, end), (self.experts, end // self.block)
+        return [(x, torch.arange(len(x)) >= end) for x, end in ends]
+
 
 def sort_routes(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, block: int) -> Sorted:
     """By expert, then by token; an expert's rows are filled up to a multiple of ``block``, experts without any have
-    none. The buffers have the sizes that aiter allocates; what it does not write is here 0x7FFFFFFF or NaN."""
+    none; ids of ``experts`` and more are another rank's. The buffers have the sizes that aiter allocates; what it does
+    not write is 0x7FFFFFFF or NaN here."""
     tokens, topk = topk_ids.shape
     rows = tokens * topk + experts * block - topk
     result = Sorted(
@@ -121,6 +145,7 @@ def sort_routes(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int
         torch.full((rows,), torch.nan),
         torch.full((-(-rows // block),), 0x7FFFFFFF, dtype=torch.int32),
         torch.zeros(2, dtype=torch.int32),
+        block,
     )
     row = 0
     for expert in range(experts):
@@ -165,7 +190,7 @@ def place(row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor
 
 
 def sort_scales(scale: torch.Tensor, routes: Sorted, by_slot: bool) -> torch.Tensor:
-    """Scale bytes [T, C/32], or [T, topk, C/32] if ``by_slot``, in sorted order; 0xFF, NaN, where there is no route."""
+    """Scale bytes [T, C/32], or [T, topk, C/32] if ``by_slot``, in sorted order; 0xFF, NaN, where no route is."""
     columns = -(-scale.shape[-1] // 8) * 8
     rows = -(-len(routes.ids) // 32) * 32
     result = torch.full((rows * columns,), 0xFF, dtype=torch.uint8)
@@ -210,8 +235,13 @@ class Aiter:
         self.parse_v2 = parse_flydsl_v2_gemm2_kernel
         self.version = f"flydsl {flydsl.__version__}, aiter in {Path(moe_kernels.__file__).parents[3]}"
         self._texts: dict = {}
+        self._undefined: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def _parameters(self, name: str) -> dict:
+    def undefine(self, tensor: torch.Tensor, which: torch.Tensor) -> None:
+        """The elements ``which`` (bool, as ``tensor``) are what aiter leaves undefined."""
+        self._undefined.append((tensor, which.unsqueeze(-1).expand(*which.shape, tensor.itemsize).flatten().numpy()))
+
+    def parameters(self, name: str) -> dict:
         found = self.kernels.get_flydsl_kernel_params(name)
         if found is None:
             raise NoAiter(f"this aiter has no kernel {name}")
@@ -243,11 +273,11 @@ class Aiter:
 
     def stage1(self, case: Case, a, a_scale, w1, w1_scale, routes: Sorted) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Codes and sorted scales of the activations between the stages, or those activations in bf16 and None."""
-        kernel = self._parameters(case.stage1)
+        kernel = self.parameters(case.stage1)
         with self._caught() as launches:
             result = self.kernels.flydsl_moe_stage1(
                 a, w1, routes.ids, routes.experts, routes.valid, topk=case.topk, w1_scale=w1_scale, a1_scale=a_scale,
-                act="silu" if case.swiglu is SILU else "swiglu", swiglu_limit=case.swiglu["swiglu_limit"],
+                act="silu" if case.swiglu["swiglu_alpha"] == 1 else "swiglu", swiglu_limit=case.swiglu["swiglu_limit"],
                 use_async_copy=True, v2_output_layout=self.parse_v2(case.stage2) is not None,
                 **_taken(kernel, "tile_m tile_n tile_k a_dtype b_dtype out_dtype waves_per_eu b_nt gate_mode xcd_swizzle"
                                  " k_wave"),
@@ -256,66 +286,79 @@ class Aiter:
         (caught,) = launches
         inputs = [a, w1, a_scale, w1_scale, routes.ids, routes.experts, routes.valid]
         outputs = [out] if out_scale is None else [out, out_scale]
-        types = ["*u8"] * 11 + ["i32"] * 4 + ["fp32"] * 5
         _, n, _, blocks = caught.values[11:15]
-        _simulate(caught.text, types, caught.values, (n // kernel["tile_n"], blocks), inputs, outputs)
+        self._simulate(
+            caught, "*u8 " * 11 + "i32 " * 4 + "fp32 " * 5, (n // kernel["tile_n"], blocks), inputs, outputs
+        )  # fmt: skip
         return out, out_scale
 
     def stage2(self, case: Case, a2, a2_scale, w2, w2_scale, routes: Sorted) -> torch.Tensor:
+        """The layer's output; where a kernel adds terms up that others left, from what those left."""
         out = torch.zeros(case.T, case.H, dtype=torch.bfloat16)
-        inputs = [a2, w2, a2_scale, w2_scale, routes.ids, routes.experts, routes.weights, routes.valid, out]
+        terms = torch.empty(case.T, case.topk, case.H, dtype=torch.bfloat16)
+        inputs = [a2, w2, a2_scale, w2_scale, routes.ids, routes.experts, routes.weights, routes.valid]
         kernel = self.parse_v2(case.stage2)
-        if kernel:
-            with self._caught() as launches:
+        reduces = "_reduce" in case.stage2
+        target, (summed, stored) = (terms, ([], [terms])) if reduces else (out, ([out], []))
+        with self._caught() as launches:
+            if kernel:
                 self.dispatcher.mxfp4_moe_gemm2(
                     inter_sorted_quant=a2.view(torch.uint8), inter_sorted_shuffled_scale=a2_scale.view(torch.uint8),
                     w2_u8=w2.view(torch.uint8), w2_scale_u8=w2_scale, sorted_expert_ids=routes.experts,
-                    cumsum_tensor=routes.valid, sorted_token_ids=routes.ids, sorted_weights=routes.weights, out=out,
+                    cumsum_tensor=routes.valid, sorted_token_ids=routes.ids, sorted_weights=routes.weights, out=target,
                     M_logical=case.T, max_sorted=len(a2), NE=case.E, D_HIDDEN=case.H, D_INTER=case.I, topk=case.topk,
                     BM=kernel["tile_m"], BN=kernel["tile_n"], BK=kernel["tile_k"], SBM=kernel["sort_block_m"],
                     g2_bf16_lds=kernel["bf16_lds"], g2_spart=kernel["spart"],
                     **_taken(kernel, "use_nt a_dtype b_dtype epilog persist"),
                 )  # fmt: skip
-            (caught,) = launches
-            *pointers, tokens, max_blocks, blocks, I, H, pad_k, pad_n, to, to_scale = caught.values
-            values = [*pointers, tokens, max_blocks, I, H, pad_k, pad_n, to, to_scale, blocks]
-            types = ["*u8"] * 8 + ["i32"] * 6 + ["*u8"] * 2 + ["i32"]
-            grid = (blocks * (H // kernel["tile_n"]),)
-        else:
-            kernel = self._parameters(case.stage2)
-            with self._caught() as launches:
+                *pointers, tokens, max_blocks, blocks, I, H, pad_k, pad_n, to, to_scale = launches[0].values
+                launches[0].values = [*pointers, tokens, max_blocks, I, H, pad_k, pad_n, to, to_scale, blocks]
+                types = "*u8 " * 8 + "i32 " * 6 + "*u8 " * 2 + "i32"
+                grid = (blocks * (H // kernel["tile_n"]),)
+                if reduces:
+                    self.kernels._run_moe_reduction(terms, out, case.T, case.topk, case.H)
+            else:
+                kernel = self.parameters(case.stage2)
                 self.kernels.flydsl_moe_stage2(
                     a2, w2, routes.ids, routes.experts, routes.valid, out=out, topk=case.topk, w2_scale=w2_scale,
                     a2_scale=a2_scale, sorted_weights=routes.weights,
                     **_taken(kernel, "tile_m tile_n tile_k a_dtype b_dtype out_dtype mode sort_block_m waves_per_eu"
                                      " use_async_copy cu_num_mul b_nt persist xcd_swizzle"),
                 )  # fmt: skip
-            (caught,) = launches
-            values, types = caught.values, ["*u8"] * 10 + ["i32"] * 4
-            _, H, _, blocks = values[10:]
-            grid = (H // kernel["tile_n"], blocks)
-        _simulate(caught.text, types, values, grid, inputs, [])
+                types = "*u8 " * 10 + "i32 " * 4
+                _, H, _, blocks = launches[0].values[10:]
+                grid = (H // kernel["tile_n"], blocks)
+                if reduces:  # aiter's buffer between the two launches is gone
+                    launches[0].values[0] = launches[1].values[0] = terms.data_ptr()
+        self._simulate(launches[0], types, grid, inputs + summed, stored)
+        if reduces:
+            self._simulate(launches[1], "*u8 " * 5 + "i32", (case.T, 1), [terms], [out])
         return out
+
+    def _simulate(self, launch: Launch, types: str, grid: tuple[int, ...], inputs: list, outputs: list = ()) -> None:
+        """Execute on host tensors; ``outputs`` hold nothing defined before, and where nothing is stored then, NaN: in
+        the kernels' registers values of a route and of a row that fills up share a register, which the simulator
+        follows as a whole."""
+        for x in outputs:
+            x.view(torch.uint8).fill_(0xFF)
+        parameters = [(f"argument {i}", type_) for i, type_ in enumerate(types.split())]
+        kernel = simulator.Kernel.of_text(launch.text, parameters)
+        known = {x.data_ptr(): x for x in (*inputs, *outputs)} | {0: torch.empty(0)}
+        arguments = {
+            name: known[value] if type_ == "*u8" else value
+            for (name, type_), value in zip(parameters, launch.values, strict=True)
+        }
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        device = simulator.Device(tensors, outputs)
+        for tensor, which in self._undefined:
+            if any(tensor is x for x in inputs):
+                device.undefine(tensor, which)
+        device.launch(kernel, arguments, grid)
+        device.memory.copy_back()
 
 
 def _taken(kernel: dict, names: str) -> dict:
     return {name: kernel[name] for name in names.split() if name in kernel}
-
-
-def _simulate(text: str, types: list[str], values: list, grid: tuple[int, ...], inputs: list, outputs: list) -> None:
-    """Execute on host tensors; ``outputs`` hold nothing defined before, and NaN where nothing is stored."""
-    for x in outputs:
-        x.view(torch.uint8).fill_(0xFF)
-    parameters = [(f"argument {i}", type_) for i, type_ in enumerate(types)]
-    kernel = simulator.Kernel.of_text(text, parameters)
-    known = {x.data_ptr(): x for x in [*inputs, *outputs]} | {0: torch.empty(0)}
-    arguments = {
-        name: known[value] if type_ == "*u8" else value for (name, type_), value in zip(parameters, values, strict=True)
-    }
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
-    device = simulator.Device(tensors, outputs)
-    device.launch(kernel, arguments, grid)
-    device.memory.copy_back()
 
 
 # --- comparisons
@@ -327,10 +370,12 @@ def problem(case: Case) -> dict:
     randn = lambda *shape: torch.randn(*shape, generator=generator)
     result = {"hidden_states": randn(case.T, case.H).to(torch.bfloat16)}
     for name, rows, columns in (("w1", 2 * case.I, case.H), ("w2", case.H, case.I)):
-        spread = torch.exp2(1.5 * randn(case.E, rows, columns // 32, 1)) * columns**-0.5
+        spread = torch.exp2(0.7 * randn(case.E, rows, columns // 32, 1)) * columns**-0.5
         values = (randn(case.E, rows, columns // 32, 32) * spread).flatten(-2)
         result[name], result[f"{name}_scale"] = reference.quantize_1x32(values)
-    scores = randn(case.T, case.E)
+    scores = randn(case.T, case.E + case.away)
+    if case.away:
+        scores[0, : case.E] = -torch.inf
     result["topk_ids"] = scores.topk(case.topk).indices.int()
     result["topk_weights"] = torch.rand(case.T, case.topk, generator=generator) + 0.1
     return result
@@ -338,6 +383,8 @@ def problem(case: Case) -> dict:
 
 def relative(x: torch.Tensor, y: torch.Tensor) -> float:
     """L2, to the size of y; infinite if x is not finite."""
+    if torch.equal(x, y.to(x.dtype)):
+        return 0.0
     error = ((x.double() - y.double()).norm() / y.double().norm()).item()
     return error if error == error else float("inf")
 
@@ -365,9 +412,11 @@ class Proof:
     def __init__(self, aiter: Aiter, case: Case):
         self.aiter, self.case, self.given = aiter, case, problem(case)
         given = self.given
-        self.block = aiter._parameters(case.stage1)["tile_m"]
+        self.block = aiter.parameters(case.stage1)["tile_m"]
         self.data, self.scale = quantize(given["hidden_states"])
         routes = sort_routes(given["topk_ids"], given["topk_weights"], case.E, self.block)
+        for tensor, which in routes.unwritten():
+            aiter.undefine(tensor, which)
         w1, w1_scale = reference.preshuffle(given["w1"], given["w1_scale"], layout="aiter_gfx950", gate_up=True)
         w2, w2_scale = reference.preshuffle(given["w2"], given["w2_scale"], layout="aiter_gfx950", gate_up=False)
         a_scale = sort_scales(self.scale, routes, by_slot=False)
