@@ -72,13 +72,18 @@ class Case:
     T: int
     away: int = 0
     """Experts on other ranks, from E on; the first token has only such ones."""
+    controls: bool = False
+    """Wrong layouts are tried too."""
+    past_ids: bool = False
+    """Stage 2 reads past the end of the sorted ids that aiter allocates."""
 
 
 # Kernels that aiter's tuned tables name for these models and token counts, and its choice where no row fits; sizes are
 # cut.
 CASES = (
     Case("MiniMax-M3 decode: SwiGLU-OAI", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w4_gui_kw2_fp8",
-         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x256_atomic_nt_sbm32", SWIGLU_OAI, 512, 256, 4, 2, 13),
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x256_atomic_nt_sbm32", SWIGLU_OAI, 512, 256, 4, 2, 13,
+         controls=True),
     Case("MiniMax-M3 decode, one token", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w2_gui_kw2_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x128_atomic_nt_sbm32", SWIGLU_OAI, 1024, 384, 8, 4, 1),
     Case("MiniMax-M3 decode, sums apart", "flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui_fp8",
@@ -87,6 +92,8 @@ CASES = (
          "flydsl_moe2_layout_afp8_wfp8_bf16_t64x128x128_atomic_nt_sbm64", SWIGLU_OAI, 512, 384, 4, 2, 100),
     Case("MiniMax-M3 prefill, 128 rows", "flydsl_moe1_afp8_wfp8_bf16_t128x128x256_w2_bnt0_gui_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t64x128x128_atomic_sbm128", SWIGLU_OAI, 512, 256, 3, 2, 150),
+    Case("MiniMax-M3 prefill, 128 x 256", "flydsl_moe1_afp8_wfp8_bf16_t128x256x256_w4_bnt0_gui_xcd4_fp8",
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t64x128x128_reduce_sbm128", SWIGLU_OAI, 512, 256, 2, 2, 150),
     Case("MiniMax-M3, expert parallel", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w4_gui_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t32x256x256_atomic_nt_sbm32", SWIGLU_OAI, 512, 256, 4, 2, 30, 4),
     Case("GLM-5 decode: SiLU", "flydsl_moe1_afp8_wfp8_bf16_t32x64x256_w3_gui_fp8",
@@ -96,9 +103,10 @@ CASES = (
     Case("GLM-5 prefill, 64 rows, bf16 between", "flydsl_moe1_afp8_wfp8_bf16_t64x128x256_w4_bnt0_gui",
          "flydsl_moe2_afp8_wfp8_bf16_t64x128x256_atomic_bnt2_persist", SILU, 512, 512, 4, 2, 100),
     Case("GLM-5 prefill, 128 rows", "flydsl_moe1_afp8_wfp8_bf16_t128x128x256_w4_gui_fp8",
-         "flydsl_moe2_afp8_wfp8_bf16_t64x128x128_atomic_sbm128", SILU, 512, 256, 3, 2, 150),
+         "flydsl_moe2_afp8_wfp8_bf16_t64x128x128_atomic_sbm128", SILU, 512, 256, 3, 2, 150, past_ids=True),
     Case("not in a table: SiLU, limit 10", "flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui",
-         "flydsl_moe2_afp8_wfp8_bf16_t32x128x256_atomic_bnt2", SILU | dict(swiglu_limit=10.0), 512, 256, 4, 2, 13),
+         "flydsl_moe2_afp8_wfp8_bf16_t32x128x256_atomic_bnt2", SILU | dict(swiglu_limit=10.0), 512, 256, 4, 2, 13,
+         controls=True),
 )  # fmt: skip
 
 
@@ -134,12 +142,16 @@ class Sorted:
         return [(x, torch.arange(len(x)) >= end) for x, end in ends]
 
 
-def sort_routes(topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, block: int) -> Sorted:
+def sort_routes(
+    topk_ids: torch.Tensor, topk_weights: torch.Tensor, experts: int, block: int, whole_blocks: bool = False
+) -> Sorted:
     """By expert, then by token; an expert's rows are filled up to a multiple of ``block``, experts without any have
     none; ids of ``experts`` and more are another rank's. The buffers have the sizes that aiter allocates; what it does
-    not write is 0x7FFFFFFF or NaN here."""
+    not write is 0x7FFFFFFF or NaN here. whole_blocks: the last block, which aiter cuts off, has room too."""
     tokens, topk = topk_ids.shape
     rows = tokens * topk + experts * block - topk
+    if whole_blocks:
+        rows = -(-rows // block) * block
     result = Sorted(
         torch.full((rows,), 0x7FFFFFFF, dtype=torch.int32),
         torch.full((rows,), torch.nan),
@@ -412,16 +424,21 @@ class Proof:
     def __init__(self, aiter: Aiter, case: Case):
         self.aiter, self.case, self.given = aiter, case, problem(case)
         given = self.given
-        self.block = aiter.parameters(case.stage1)["tile_m"]
         self.data, self.scale = quantize(given["hidden_states"])
-        routes = sort_routes(given["topk_ids"], given["topk_weights"], case.E, self.block)
-        for tensor, which in routes.unwritten():
-            aiter.undefine(tensor, which)
+        routes = self.sorted(whole_blocks=case.past_ids)
         w1, w1_scale = reference.preshuffle(given["w1"], given["w1_scale"], layout="aiter_gfx950", gate_up=True)
         w2, w2_scale = reference.preshuffle(given["w2"], given["w2_scale"], layout="aiter_gfx950", gate_up=False)
         a_scale = sort_scales(self.scale, routes, by_slot=False)
         self.operands = Operands(self.data, a_scale, w1, w1_scale, w2, w2_scale, routes)
         self.h = self._h()
+
+    def sorted(self, whole_blocks: bool) -> Sorted:
+        block = self.aiter.parameters(self.case.stage1)["tile_m"]
+        given = self.given
+        routes = sort_routes(given["topk_ids"], given["topk_weights"], self.case.E, block, whole_blocks)
+        for tensor, which in routes.unwritten():
+            self.aiter.undefine(tensor, which)
+        return routes
 
     def _h(self) -> torch.Tensor:
         """Activations between the stages in float64 [T, topk, I], not rounded."""
@@ -508,6 +525,14 @@ class Proof:
         measured("the layer, worst row", LAYER_LIMIT, layer)
         return rows
 
+    def past_ids(self) -> str | None:
+        """What the simulator says to stage 2 with sorted ids of the size that aiter allocates."""
+        operands = replace(self.operands, routes=self.sorted(whole_blocks=False))
+        try:
+            self.stage2(operands, self.stage1(operands))
+        except simulator.SimulationError as error:
+            return str(error)
+
     def controls(self) -> list["Row"]:
         """Wrong layouts, one at a time, and what they do to the stage that reads them."""
         good, given, case = self.operands, self.given, self.case
@@ -526,6 +551,14 @@ class Proof:
             rows_alternate(given["w1"]), rows_alternate(given["w1_scale"]), layout="aiter_gfx950", gate_up=False
         )  # fmt: skip
         flat = lambda name: given[name].flatten(0, 1)
+        route = good.routes.rows
+
+        def in_rows(scale: torch.Tensor, by_slot: bool) -> torch.Tensor:
+            result = torch.full((len(good.routes.ids) + 31, -(-scale.shape[-1] // 8) * 8), 0xFF, dtype=torch.uint8)
+            row, token, slot = route
+            result[row, : scale.shape[-1]] = scale[token, slot] if by_slot else scale[token]
+            return result
+
         token_order = sort_scales(self.scale, replace(good.routes, ids=torch.arange(len(good.routes.ids))), False)
         first = {
             "w1 row-major": dict(w1=given["w1"]),
@@ -535,17 +568,20 @@ class Proof:
             "w1_scale row-major": dict(w1_scale=flat("w1_scale")),
             "w1_scale, gate and up apart": dict(w1_scale=w1_scale_apart),
             "a1_scale in the order of tokens": dict(a_scale=token_order),
+            "a1_scale row-major": dict(a_scale=in_rows(self.scale, False)),
         }
         second = {
             "w2 row-major": dict(w2=given["w2"]),
             "w2_scale row-major": dict(w2_scale=flat("w2_scale")),
         }
+        between_rows = between[0] if between[1] is not None else data, in_rows(scale, True)
         rows = []
         for name, change in first.items():
             rows.append(self._control(name, lambda o: self.rounded(self.stage1(o))[2], change))
         for name, change in second.items():
             rows.append(self._control(name, lambda o: relative(self.stage2(o, between), expected), change))
-        return rows
+        wrong = lambda o: relative(self.stage2(o, between_rows), expected)
+        return [*rows, self._control("a2_scale row-major", wrong, {})]
 
     def _control(self, name: str, error_of: Callable, change: dict) -> "Row":
         start, before = time.perf_counter(), simulator.total.wave_instructions
@@ -604,13 +640,19 @@ def main() -> int:
     failed = 0
     for case in cases:
         print(f"-- {case.name}", flush=True)
-        for row in Proof(aiter, case).run():
+        proof = Proof(aiter, case)
+        for row in proof.run():
             print(row, flush=True)
             failed += not row.holds
-    print(f"-- negative controls: {cases[0].name}")
-    for row in Proof(aiter, cases[0]).controls():
-        print(row, flush=True)
-        failed += not row.holds
+        if case.past_ids:
+            found = proof.past_ids()
+            print(f"with sorted ids as aiter allocates them: {found or 'NOTHING FOUND, which is new'}")
+            failed += found is None
+    for case in [case for case in cases if case.controls]:
+        print(f"-- wrong layouts: {case.name}")
+        for row in Proof(aiter, case).controls():
+            print(row, flush=True)
+            failed += not row.holds
     print(simulator.total)
     return 1 if failed else 0
 
