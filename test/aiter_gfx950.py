@@ -160,7 +160,8 @@ class Aiter:
         except Exception as error:  # without ROCm, or with another project's aiter, this fails in many ways
             found = getattr(sys.modules.get("aiter"), "__file__", None)
             where = f"; the module 'aiter' is {found}" if found else ""
-            raise NoAiter(f"aiter's FlyDSL kernels cannot be imported ({type(error).__name__}: {error}){where}") from None
+            why = f"{type(error).__name__}: {error}{where}"
+            raise NoAiter(f"aiter's FlyDSL kernels cannot be imported ({why})") from None
         self.compiler, self.kernels, self.dispatcher = flydsl.compiler, moe_kernels, mxmoe_dispatcher
         self.parse_v2 = parse_flydsl_v2_gemm2_kernel
         self.version = f"flydsl {flydsl.__version__}"

@@ -6,8 +6,8 @@
     python tools/prove_aiter.py --list
 
 Weights and scales come from ``preshuffle(layout="aiter_gfx950")``, launches from aiter's own host code, machine code
-from FlyDSL; test/gfx950_simulator executes it with all its checks (test/aiter_gfx950.py says how, and what stands in for
-aiter's HIP kernels). Compared are
+from FlyDSL; test/gfx950_simulator executes it with all its checks (test/aiter_gfx950.py says how, and what stands in
+for aiter's HIP kernels). Compared are
 
 - stage 1 with float64 on the same operands, its result rounded as aiter rounds it;
 - stage 2 with float64 on the codes and scales that stage 1 left;
@@ -80,6 +80,8 @@ CASES = (
          "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x128_atomic_nt_sbm32", SWIGLU_OAI, 1024, 384, 8, 4, 1),
     Case("MiniMax-M3 decode, terms apart", "flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x128_reduce_nt_sbm32", SWIGLU_OAI, 512, 384, 4, 2, 13),
+    Case("MiniMax-M3 decode, full H and I", "flydsl_moe1_afp8_wfp8_bf16_t32x128x256_w2_gui_fp8",
+         "flydsl_moe2_layout_afp8_wfp8_bf16_t32x128x256_atomic_nt_sbm32", SWIGLU_OAI, 6144, 768, 5, 4, 8),
     Case("MiniMax-M3 prefill, 64 rows", "flydsl_moe1_afp8_wfp8_bf16_t64x128x256_w2_gui_fp8",
          "flydsl_moe2_layout_afp8_wfp8_bf16_t64x128x128_atomic_nt_sbm64", SWIGLU_OAI, 512, 384, 4, 2, 100),
     Case("MiniMax-M3 prefill, 128 rows", "flydsl_moe1_afp8_wfp8_bf16_t128x128x256_w2_bnt0_gui_fp8",
@@ -270,7 +272,9 @@ class Proof:
 
     # --- comparisons
 
-    def measured(self, what: str, compute: Callable, error_of: Callable, limit: float, wrong=False) -> tuple[Row, object]:
+    def measured(
+        self, what: str, compute: Callable, error_of: Callable, limit: float, wrong=False
+    ) -> tuple[Row, object]:
         start, before = time.perf_counter(), simulator.total.wave_instructions
         result = compute()
         seconds, instructions = time.perf_counter() - start, simulator.total.wave_instructions - before
