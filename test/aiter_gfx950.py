@@ -17,6 +17,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from gfx950_simulator.assembly import parse
+from gfx950_simulator.checks import LdsOrder, Unordered, all_checks
 from gfx950_simulator.launch import Device, Kernel
 
 # --- stand-ins for HIP kernels
@@ -165,6 +167,8 @@ class Aiter:
         self.compiler, self.kernels, self.dispatcher = flydsl.compiler, moe_kernels, mxmoe_dispatcher
         self.parse_v2 = parse_flydsl_v2_gemm2_kernel
         self.version = f"flydsl {flydsl.__version__}"
+        self.unordered: list[str] = []
+        """What the simulator found about the order of waves in LDS; the kernels were run without that check then."""
         self._texts: dict = {}
 
     def parameters(self, name: str) -> dict:
@@ -214,7 +218,7 @@ class Aiter:
         types = "*u8 " * 11 + "i32 " * 4 + "fp32 " * 5
         outputs = [out] if out_scale is None else [out, out_scale]
         inputs = [a, w1, a_scale, w1_scale, routes.ids, routes.experts, routes.valid]
-        execute(launch, types, (n // kernel["tile_n"], blocks), inputs, outputs, routes)
+        self._execute(launch, types, (n // kernel["tile_n"], blocks), inputs, outputs, routes)
         return out, out_scale
 
     def stage2(self, case, a2, a2_scale, w2, w2_scale, routes: Sorted) -> torch.Tensor:
@@ -254,11 +258,19 @@ class Aiter:
                 grid = (H // kernel["tile_n"], blocks)
         inputs = [a2, w2, a2_scale, w2_scale, routes.ids, routes.experts, routes.weights, routes.valid]
         if reduces:
-            execute(launches[0], types, grid, inputs, [terms], routes)
-            execute(launches[1], "*u8 " * 5 + "i32", (case.T, 1), [terms], [out], routes)
+            self._execute(launches[0], types, grid, inputs, [terms], routes)
+            blocks = -(-case.H // (8 * parse(launches[1].text).threads))
+            self._execute(launches[1], "*u8 " * 5 + "i32", (case.T, blocks), [terms], [out], routes)
         else:
-            execute(launches[0], types, grid, [*inputs, out], [], routes)
+            self._execute(launches[0], types, grid, [*inputs, out], [], routes)
         return out
+
+    def _execute(self, *arguments) -> None:
+        try:
+            execute(*arguments, all_checks())
+        except Unordered as error:
+            self.unordered.append(str(error))
+            execute(*arguments, [one for one in all_checks() if not isinstance(one, LdsOrder)])
 
 
 def _of(kernel: dict, names: str) -> dict:
@@ -267,7 +279,7 @@ def _of(kernel: dict, names: str) -> dict:
 
 def execute(
     launch: Launch, types: str, grid: tuple[int, ...], inputs: list[torch.Tensor], outputs: list[torch.Tensor],
-    routes: Sorted,
+    routes: Sorted, checks: list,
 ) -> None:  # fmt: skip
     """Run a kernel on host tensors.
 
@@ -288,5 +300,5 @@ def execute(
         unwritten = routes.unwritten(x)
         if unwritten is not None and any(x is y for y in arguments.values()):
             device.undefine(x, unwritten.numpy())
-    device.launch(Kernel.of_text(launch.text, parameters), arguments, grid)
+    device.launch(Kernel.of_text(launch.text, parameters), arguments, grid, checks)
     device.memory.copy_back()
