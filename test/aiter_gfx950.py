@@ -167,6 +167,10 @@ class Aiter:
         self.compiler, self.kernels, self.dispatcher = flydsl.compiler, moe_kernels, mxmoe_dispatcher
         self.parse_v2 = parse_flydsl_v2_gemm2_kernel
         self.version = f"flydsl {flydsl.__version__}"
+        self.tables = sorted((Path(moe_kernels.__file__).parents[2] / "configs").rglob("*_mxfp8_tuned_fmoe.csv"))
+        """Which kernels aiter takes for which sizes."""
+        self.workgroups: int | None = None
+        """How many of each launch are executed; None: all."""
         self.unordered: list[str] = []
         """What the simulator found about the order of waves in LDS; the kernels were run without that check then."""
         self._texts: dict = {}
@@ -265,7 +269,10 @@ class Aiter:
             self._execute(launches[0], types, grid, [*inputs, out], [], routes)
         return out
 
-    def _execute(self, *arguments) -> None:
+    def _execute(self, launch: Launch, types: str, grid: tuple[int, ...], *others) -> None:
+        if self.workgroups:
+            grid = (min(grid[0], self.workgroups), *(1 for _ in grid[1:]))
+        arguments = launch, types, grid, *others
         try:
             execute(*arguments, all_checks())
         except Unordered as error:

@@ -4,6 +4,7 @@
     python tools/prove_aiter.py                 # every case, and for some of them every wrong layout
     python tools/prove_aiter.py --cases GLM     # cases with that in their names
     python tools/prove_aiter.py --list
+    python tools/prove_aiter.py --tables        # no numbers: what the checks say to every kernel of aiter's tables
 
 Weights and scales come from ``preshuffle(layout="aiter_gfx950")``, launches from aiter's own host code, machine code
 from FlyDSL; test/gfx950_simulator executes it with all its checks (test/aiter_gfx950.py says how, and what stands in
@@ -21,6 +22,7 @@ that aiter pins.
 """
 
 import argparse
+import csv
 import sys
 import time
 from collections.abc import Callable
@@ -352,10 +354,45 @@ class Proof:
         yield self.measured("a2_scale row-major", compute, error_of, WRONG_LIMIT, True)[0]
 
 
+def check_tables(aiter: Aiter) -> None:
+    """Each kernel that aiter's tuned MXFP8 tables name, compiled for the table's H and I: what the simulator's checks
+    say to two of its workgroups. Operands are all ones."""
+    E, topk, T = 2, 2, 4
+    ones = lambda *shape: torch.full(shape, 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = lambda *shape: torch.full(shape, SCALE_ONE, dtype=torch.uint8)
+    aiter.workgroups, seen = 2, set()
+    for table in aiter.tables:
+        for line in csv.DictReader(table.open()):
+            H, I, block = (int(line[name]) for name in ("model_dim", "inter_dim", "block_m"))
+            swiglu = SWIGLU_OAI if "Swiglu" in line["act_type"] else SILU
+            case = Case("", line["kernelName1"], line["kernelName2"], swiglu, H, I, E, topk, T)
+            routes = sort_routes(torch.arange(topk).expand(T, topk), torch.ones(T, topk), E, block, whole_blocks=True)
+            columns, rows = -(-I // 256) * 8, len(routes.ids)
+            a_scale = sort_scales(scales(T, H // 32), routes)
+            a2 = ones(rows, I) if aiter.parse_v2(case.stage2) else ones(T, topk, I)
+            for kernel, run in (
+                (case.stage1, lambda: aiter.stage1(
+                    case, ones(T, H), a_scale, ones(E, 2 * I, H), scales(E * 2 * I, H // 32), routes)),
+                (case.stage2, lambda: aiter.stage2(
+                    case, a2, scales(rows + 255, columns), ones(E, H, I), scales(E * H, columns), routes)),
+            ):  # fmt: skip
+                if (kernel, H, I, block) in seen:
+                    continue
+                seen.add((kernel, H, I, block))
+                aiter.unordered.clear()
+                try:
+                    run()
+                    found = "; ".join(aiter.unordered) or "nothing"
+                except simulator.SimulationError as error:
+                    found = str(error)
+                print(f"{kernel:<66} H {H} I {I} block {block:>3} T {line['token']:>5}: {found}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="", metavar="TEXT", help="only the cases that have TEXT in their names")
     parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
+    parser.add_argument("--tables", action="store_true", help="run the checks on the kernels of aiter's tables")
     args = parser.parse_args()
     cases = [case for case in CASES if args.cases in case.name]
     if args.list:
@@ -370,7 +407,11 @@ def main() -> int:
     except NoAiter as error:
         print(f"SKIPPED, nothing was compared: {error}", file=sys.stderr)
         return SKIPPED
-    print(f"gfx950 machine code in a simulator, no GPU; {aiter.version}\n{Row.HEADER}")
+    print(f"gfx950 machine code in a simulator, no GPU; {aiter.version}", flush=True)
+    if args.tables:
+        check_tables(aiter)
+        return 0
+    print(Row.HEADER)
     failures = 0
 
     def show(rows) -> None:
