@@ -2,10 +2,12 @@
 
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,91 @@ def test_quantize_zeros():
     assert scale.item() == 0 and not data.view(torch.uint8).any()
 
 
+# --- launches
+
+
+class Compiler:
+    """Stands in for flydsl.compiler."""
+
+    def __init__(self, files: int = 1):
+        self.files, self.compiled = files, 0
+
+    def compile(self, kernel, *arguments):
+        self.compiled += 1
+        for i in range(self.files):
+            folder = Path(os.environ["FLYDSL_DUMP_DIR"]) / f"{kernel}_{i}"
+            folder.mkdir(parents=True)
+            (folder / "21_final_isa.s").write_text(f"assembly of {kernel}")
+
+
+def aiter_with(compiler: Compiler) -> rules.Aiter:
+    aiter = object.__new__(rules.Aiter)
+    aiter.compiler, aiter._texts, aiter.unordered, aiter.workgroups = compiler, {}, [], None
+    return aiter
+
+
+def test_launches_are_caught():
+    compiler = Compiler()
+    aiter = aiter_with(compiler)
+    pointer = lambda value: SimpleNamespace(pointer=SimpleNamespace(value=value))
+    with aiter._caught() as launches:
+        for kernel in ("one", "other", "one"):
+            stream = torch.cuda.current_stream()
+            compiler.compile(kernel, pointer(4096), pointer(None), 7, 2.5, stream)
+    assert [one.text for one in launches] == ["assembly of one", "assembly of other", "assembly of one"]
+    assert all(one.values == [4096, 0, 7, 2.5] for one in launches)
+    assert compiler.compiled == 2 and "FLYDSL_DUMP_DIR" not in os.environ
+    assert compiler.compile.__func__ is Compiler.compile
+
+
+@pytest.mark.parametrize("files", (0, 2))
+def test_assembly_that_is_missing_or_ambiguous(files):
+    aiter = aiter_with(Compiler(files))
+    with pytest.raises(RuntimeError, match=f"left {files} files of assembly"), aiter._caught():
+        aiter.compiler.compile("kernel", 0)
+
+
+def test_execute():
+    """Addresses of host tensors become the simulator's; what aiter left unwritten in the routes is undefined."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    import gfx950_kernels as kernels
+    from gfx950_simulator.checks import all_checks
+    from gfx950_simulator.machine import SimulationError
+
+    types = dict(x="*fp32", y="*fp32", out="*fp32", n="i32")
+    text = kernels.compile_text(kernels.add_kernel, types, dict(BLOCK=64)).asm["amdgcn"]
+    routes = rules.sort_routes(*routing(5, 2, 4), 4, 32)
+    x, out, end = torch.randn(len(routes.weights)), torch.empty(len(routes.weights)), int(routes.valid[0])
+
+    def run(n: int, y: torch.Tensor) -> None:
+        launch = rules.Launch(text, [x.data_ptr(), y.data_ptr(), out.data_ptr(), n])
+        rules.execute(launch, "*u8 *u8 *u8 i32", (3,), [x, routes.weights], [out], routes, all_checks())
+
+    run(end, routes.weights)
+    assert out[:end].equal((x + routes.weights)[:end]) and out[end:].isnan().all()
+    with pytest.raises(SimulationError, match="what is stored is undefined"):
+        run(end + 1, routes.weights)
+    with pytest.raises(KeyError):  # an address that is none of the tensors'
+        run(end, torch.zeros(4))
+
+
+def test_what_is_left_to_chance_is_told_and_run_without_the_check(monkeypatch):
+    aiter, calls = aiter_with(Compiler()), []
+
+    def execute(launch, types, grid, *others):
+        calls.append((grid, [type(one).__name__ for one in others[-1]]))
+        if "LdsOrder" in calls[-1][1]:
+            raise rules.Unordered("two waves")
+
+    monkeypatch.setattr(rules, "execute", execute)
+    aiter._execute(None, "", (9, 4), [], [], None)
+    aiter.workgroups = 2
+    aiter._execute(None, "", (9, 4), [], [], None)
+    everything, rest = ["Undefined", "WaitCounts", "LdsOrder"], ["Undefined", "WaitCounts"]
+    assert calls == [((9, 4), everything), ((9, 4), rest), ((2, 1), everything), ((2, 1), rest)]
+    assert aiter.unordered == ["two waves"] * 2
+
+
 # --- the comparison
 
 
@@ -160,12 +247,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_without_aiter_it_says_so_and_compares_nothing(tmp_path, content, why):
-    for name in ("aiter", "flydsl"):
-        (tmp_path / f"{name}.py").write_text(content if name == "aiter" else "__path__ = []; __version__ = '0'")
-    (tmp_path / "flydsl.py").unlink()
-    (tmp_path / "flydsl" / "compiler").mkdir(parents=True)
-    (tmp_path / "flydsl" / "__init__.py").touch()
-    (tmp_path / "flydsl" / "compiler" / "__init__.py").touch()
+    (tmp_path / "aiter.py").write_text(content)
+    (tmp_path / "flydsl").mkdir()
+    for name in ("__init__.py", "compiler.py"):
+        (tmp_path / "flydsl" / name).touch()
     done = run(tmp_path)
     assert done.returncode == prove_aiter.SKIPPED == 77 and not done.stdout
     assert done.stderr.startswith("SKIPPED, nothing was compared: ") and why.format(folder=tmp_path) in done.stderr
