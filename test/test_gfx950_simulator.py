@@ -20,7 +20,7 @@ if _interpreted():
 import gfx950_kernels as kernels  # noqa: E402
 import gfx950_ops as ops  # noqa: E402
 from gfx950_kernels import compile_, compile_text, execute, run  # noqa: E402
-from gfx950_simulator import formats, hazards, launch  # noqa: E402
+from gfx950_simulator import checks, formats, hazards, launch  # noqa: E402
 from gfx950_simulator.assembly import AssemblyError, instruction, operand, parse  # noqa: E402
 from gfx950_simulator.machine import Program, SimulationError  # noqa: E402
 
@@ -938,6 +938,18 @@ def test_argument_preload_and_its_fallback():
         assert torch.equal(out, x + y)
 
 
+@pytest.mark.parametrize("warps", (1, 4))
+def test_kernel_of_text(warps):
+    """Whoever compiled it: the size of a workgroup is in the metadata."""
+    types = dict(x="*fp32", y="*fp32", out="*fp32", n="i32")
+    text = compile_text(kernels.add_kernel, types, dict(BLOCK=256), num_warps=warps).asm["amdgcn"]
+    kernel = launch.Kernel.of_text(text, list(types.items()))
+    assert (kernel.warps, kernel.lds_bytes) == (warps, 0)
+    x, y, out = randn(300, seed=1), randn(300, seed=2), torch.empty(300)
+    run(kernel, dict(x=x, y=y, out=out, n=300), (2,), ["out"])
+    assert torch.equal(out, x + y)
+
+
 def test_grid():
     """Workgroup ids of a grid of three dimensions, which is a part of the arguments that Triton adds."""
     kernel = compile_(kernels.grid_kernel, dict(out="*i32"), {})
@@ -1205,6 +1217,22 @@ def test_undefined_values(match, body):
     fails(match, body, ONES, lds=256, scratch=4)
 
 
+def test_undefined_parts_of_a_tensor():
+    kernel = compile_(kernels.add_kernel, dict(x="*fp32", y="*fp32", out="*fp32", n="i32"), dict(BLOCK=64))
+    x, y, out = randn(64, seed=1), randn(64, seed=2), torch.empty(64)
+
+    def added(n: int) -> None:
+        device = launch.Device(dict(x=x, y=y, out=out), [out])
+        device.undefine(y, np.arange(256) >= 4 * 40)
+        device.launch(kernel, dict(x=x, y=y, out=out, n=n), (1,))
+        device.memory.copy_back()
+
+    added(40)
+    assert torch.equal(out[:40], (x + y)[:40])
+    with pytest.raises(SimulationError, match="what is stored is undefined.*lane 40, 1 lanes in all"):
+        added(41)
+
+
 def test_undefined_values_that_nothing_comes_of():
     """Copied, kept in LDS, masked off: no error."""
     body = """
@@ -1384,6 +1412,10 @@ def test_order_in_lds():
     same = lines("v_mov_b32_e32 v20, 0", "ds_write_b32 v20, v2", wait, barrier, "ds_read_b32 v10, v20", wait)
     execute(same, FOUR_WAVES, FOUR_WAVES * 0 + 7, **options)  # all waves write one value to one place
     fails("LDS byte 0: another lane stores another value", same.replace("v2", "v1"), FOUR_WAVES, FOUR_WAVES, **options)
+    with pytest.raises(checks.Unordered):  # an error of its own, so that one can go on without this check
+        execute(lines(write, wait, read_other), FOUR_WAVES, **options)
+    others = [one for one in checks.all_checks() if not isinstance(one, checks.LdsOrder)]
+    execute(lines(write, wait, read_other), FOUR_WAVES, observers=others, **options)
 
 
 def test_order_of_loads_to_lds():

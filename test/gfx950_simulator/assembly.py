@@ -72,6 +72,8 @@ class Code:
     preload_entry: int | None
     """Where a wave starts that got its arguments in SGPRs: 256 bytes after the entry."""
     labels: dict[str, int] = field(default_factory=dict)
+    threads: int | None = None
+    """Work-items of a workgroup, at most, as the metadata says."""
 
     @property
     def registers(self) -> int:
@@ -203,7 +205,9 @@ def parse(text: str) -> Code:
     preload = next((one.target for one in instructions[:8] if one.name == "s_branch"), None)
     if not descriptor.get("user_sgpr_kernarg_preload_length") or preload not in aligned:
         preload = None
-    return Code(name, instructions, descriptor, _metadata_arguments(text), preload, labels)
+    threads = re.search(r"^    \.max_flat_workgroup_size:\s*(\d+)", text, re.M)
+    threads = int(threads.group(1)) if threads else None
+    return Code(name, instructions, descriptor, _metadata_arguments(text), preload, labels, threads)
 
 
 def float_bits(value: float, size: int) -> int:

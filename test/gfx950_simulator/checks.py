@@ -374,6 +374,10 @@ class WaitCounts(Observer):
                     del self.pending[register]
 
 
+class Unordered(SimulationError):
+    """What LdsOrder finds: the result may be right here, where waves take turns, and is left to chance elsewhere."""
+
+
 class LdsOrder(Observer):
     """Waves of a workgroup that touch the same byte of LDS, one of them writing it, with nothing that orders them.
 
@@ -468,7 +472,7 @@ class LdsOrder(Observer):
         first = int(np.flatnonzero(wrong)[0])
         wave = int(access.waves[first])
         byte = int(access.index[first] - m.lds_base[wave])
-        raise SimulationError(
+        raise Unordered(
             f"{m.program.code.name}, {instruction}: {access.kind} of LDS byte {byte}: {why}; "
             f"workgroup {int(m.workgroups[m.workgroup_of[wave]])}, wave {wave % m.warps}, "
             f"{int(wrong.sum())} lanes in all"

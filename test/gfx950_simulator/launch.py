@@ -12,7 +12,7 @@ from .assembly import parse
 from .checks import all_checks
 from .hazards import check_wait_states
 from .machine import Machine, Observer, Program, SimulationError
-from .memory import DeviceMemory
+from .memory import WRITTEN, DeviceMemory
 
 _FORMATS = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q",
             "fp32": "f", "f32": "f", "fp64": "d", "f64": "d"}  # fmt: skip
@@ -35,6 +35,14 @@ class Kernel:
         program = Program(parse(text or compiled.asm["amdgcn"]))
         check_wait_states(program)
         return cls(program, parameters, compiled.metadata.num_warps, compiled.metadata.shared)
+
+    @classmethod
+    def of_text(cls, text: str, parameters: list[tuple[str, str]]) -> "Kernel":
+        """Of any compiler's assembly whose metadata gives the size of a workgroup and whose LDS is all static."""
+        program = Program(parse(text))
+        check_wait_states(program)
+        code = program.code
+        return cls(program, parameters, code.threads // 64, code.descriptor["group_segment_fixed_size"])
 
 
 @dataclass
@@ -95,6 +103,11 @@ class Device:
         if not storage.nbytes():
             return 0
         return self.memory.address(self._names[storage.data_ptr()], tensor.data_ptr() - storage.data_ptr())
+
+    def undefine(self, tensor: torch.Tensor, which: np.ndarray) -> None:
+        """The bytes ``which`` (bool) of a contiguous tensor hold nothing defined."""
+        start = self.address(tensor) - self.memory.BASE
+        self.memory.state[start : start + tensor.nbytes][which] &= ~np.uint8(WRITTEN)
 
     def launch(
         self, kernel: Kernel, arguments: dict, grid: tuple[int, ...], observers: list[Observer] | None = None,
