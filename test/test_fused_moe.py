@@ -632,11 +632,12 @@ def test_many_tokens_are_served_in_parts(monkeypatch):
     """Where intermediates would be too large a call takes its tokens in turns, here one at a time: the same bits."""
     from torch_mxfp8moe.backends.triton import BACKEND as triton
     from torch_mxfp8moe.backends.triton import fused_moe as launches
+    from torch_mxfp8moe.backends.triton.plans import Plans
 
     inputs = moe_inputs(T=5, K=3, bias_dtype=torch.float32) | dict(num_tokens=torch.tensor(4, dtype=torch.int32))
     want = OPS.fused_moe(**inputs)
     monkeypatch.setattr(launches, "LARGEST_WORKSPACE", 1)
-    monkeypatch.setattr(triton, "_plans", {})
+    monkeypatch.setattr(triton, "_plans", Plans())
     assert same_bytes(OPS.fused_moe(**inputs), want) and want[3].ne(0).any()
     assert {len(plan.launches) for plan in triton._plans.values()} == {25}
 

@@ -14,8 +14,8 @@ import torch
 from ...arguments import Call, FusedMoe
 from ...formats import as_bytes
 from .. import Backend
-from ..triton import PLANS
 from ..triton import BACKEND as TRITON
+from ..triton.plans import Plans
 from . import probe, rules, tuned
 
 _architecture = cache(probe.architecture)
@@ -27,7 +27,7 @@ class Aiter(Backend):
     description = "AMD's aiter, FlyDSL kernels for gfx950"
 
     def __init__(self):
-        self._plans = {}
+        self._plans = Plans()
         """The routes' launch of every call that was served, by signature: the next call like it is served as well."""
         self.interface = cache(probe.load)
 
@@ -59,21 +59,16 @@ class Aiter(Backend):
         ids = torch.empty(shape, dtype=torch.int32, device=device)
         weights = torch.empty(shape, dtype=torch.float32, device=device)
         mask = torch.empty(call.experts + 1, dtype=torch.int32, device=device)
-        key = call.signature
-        plan = self._plans.get(key)
-        if plan is None:
-            from .kernel import plan as make
-
-            plan = make(call)
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            if key is not None:
-                self._plans[key] = plan
         memory = dict(topk_ids=call.topk_ids, topk_weights=call.topk_weights, ids=ids, weights=weights, mask=mask)
         if call.expert_map is not None:
             memory["expert_map"] = call.expert_map
         if call.num_tokens is not None:
             memory["num_tokens"] = call.num_tokens
+        plan = self._plans.get(call.signature)
+        if plan is None:
+            from .kernel import plan as make
+
+            plan = self._plans.of(call, make, call)
         plan.run(f"{call.op}, for backend 'aiter'", memory, device, TRITON.target(device))
         return ids, weights, mask
 

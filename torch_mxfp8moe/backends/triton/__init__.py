@@ -15,6 +15,7 @@ import torch
 from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
 from ...formats import as_bytes
 from .. import Backend
+from .plans import Plans
 from .targets import INTERPRETED, Target, target_of
 
 MINIMUM = (3, 6)
@@ -22,9 +23,6 @@ MINIMUM = (3, 6)
 
 LARGEST_EXPERT = 2**31
 """Elements of one expert's weight, which a kernel counts with 32 bits."""
-
-PLANS = 4096
-"""How many plans are kept; one serves all calls of the same sizes, dtypes and options."""
 
 _target_of = cache(target_of)
 
@@ -40,7 +38,7 @@ class Triton(Backend):
     description = "bundled Triton kernels for NVIDIA GPUs from sm_80 on, gfx942 and gfx950"
 
     def __init__(self):
-        self._plans = {}
+        self._plans = Plans()
 
     @cache
     def why_unavailable(self) -> str | None:
@@ -75,14 +73,7 @@ class Triton(Backend):
 
     def _run(self, call: Call, memory: dict[str, torch.Tensor], make, *args) -> None:
         """Run the plan of ``call``, which ``make(*args)`` makes if there is none yet, on the tensors ``memory``."""
-        key = call.signature
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = make(*args)
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            if key is not None:
-                self._plans[key] = plan
+        plan = self._plans.of(call, make, *args)
         plan.run(call.op, memory, call.device, self.target(call.device))
 
     def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
