@@ -257,6 +257,17 @@ class Mxfp8Experts(nn.Module):
         for name, shape, dtype in self._buffer_shapes():
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype, device=device))
 
+    def _to_empty(self, device: torch.device) -> None:
+        """From the meta device to another, in its layout if that is up to us; for those who write every weight."""
+        if self._auto:
+            self.layout = self._decide("auto", device)
+        for name, shape, dtype in self._buffer_shapes():
+            if shape is not None:
+                make = torch.zeros if name.endswith("bias") else torch.empty
+                self._buffers[name] = make(shape, dtype=dtype, device=device)
+        if self.expert_map is not None:
+            self.expert_map = self.expert_map.to(device)
+
     # --- what the arguments have to be
 
     def _check_shared(self) -> None:
