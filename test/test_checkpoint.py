@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import torch_mxfp8moe
 from device import DEVICE
-from helpers import E8M0, error_of, only_cpu, randn, run_python, same_bytes
+from helpers import E8M0, FLOATS, error_of, only_cpu, randn, run_python, same_bytes
 from torch_mxfp8moe import LAYOUTS, Mxfp8Experts, SharedExpert
 from torch_mxfp8moe.checkpoint import FORMS, Checkpoint, CheckpointError, load_experts
 
@@ -208,9 +208,10 @@ def test_a_shared_expert(S, tp_size, tmp_path):
         assert same_buffers(got, Mxfp8Experts.from_weights(**both, device="cpu", **options))
 
 
-def test_a_checkpoint_that_is_not_quantised_is_quantised(tmp_path):
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_checkpoint_that_is_not_quantised_is_quantised(dtype, tmp_path):
     layer = LAYER.format(0)
-    w1, w2 = randn(G, 2 * I, H, dtype=torch.bfloat16).cpu(), randn(G, H, I, seed=1, dtype=torch.bfloat16).cpu()
+    w1, w2 = randn(G, 2 * I, H, dtype=dtype).cpu(), randn(G, H, I, seed=1, dtype=dtype).cpu()
     tensors = {}
     for expert in range(G):
         gate, up = w1[expert].chunk(2)

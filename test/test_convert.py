@@ -1,5 +1,6 @@
 """``tools/convert.py``: families, forms, the error report, interruption and resumption."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,8 +16,9 @@ from helpers import PACKAGE, only_cpu, randn, same_bytes
 from torch_mxfp8moe.checkpoint import FORMS, Checkpoint, CheckpointError, load_experts
 
 TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-import convert as tool  # noqa: E402
+SPEC = importlib.util.spec_from_file_location("tools_convert", TOOLS / "convert.py")  # the demo has one too
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
 
 pytestmark = only_cpu
 
@@ -185,6 +187,23 @@ def test_what_cannot_be_converted(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=text):
             tool.convert(*wrong, progress=None)
+
+
+def test_the_index_says_which_file_a_tensor_is_from(tmp_path):
+    """What else a file holds is not converted; a file outside the folder is never written."""
+    folder = source(tmp_path / "bf16")
+    name = next(name for name in load_file(folder / "layer-0.safetensors") if ".experts." in name)
+    stale = load_file(folder / "other.safetensors") | {name: torch.zeros(I, H)}
+    save_file(stale, folder / "other.safetensors")
+    tool.convert(folder, tmp_path / "out", progress=None)
+    assert name not in load_file(tmp_path / "out" / "other.safetensors")
+    assert tensors_of(tmp_path / "out")[name].float().any()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][name] = "../bf16/layer-0.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="the index names ../bf16/layer-0.safetensors; expected files inside"):
+        tool.convert(folder, tmp_path / "deeper" / "out", progress=None)
+    assert not (tmp_path / "deeper").exists()
 
 
 def test_the_command(tmp_path):

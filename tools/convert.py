@@ -61,6 +61,8 @@ def convert_file(checkpoint: Checkpoint, file: str, out: Path, form: str, scale_
     source = checkpoint.open(file)
     hidden = (checkpoint.config | (checkpoint.config.get("text_config") or {})).get("hidden_size")
     for name in source.keys():
+        if checkpoint.files.get(name) != file:  # the index takes it from another
+            continue
         tensor = source.get_tensor(name)
         try:
             experts = list(expert_weights(name, tensor, hidden))
@@ -104,9 +106,12 @@ def convert(
             raise CheckpointError(f"{source / 'config.json'}: already MXFP8, of form '{checkpoint.form.name}'")
         if not checkpoint.layers:
             raise CheckpointError(f"{source}: no tensor is named as an expert's, such as experts.0.gate_proj.weight")
+        files = sorted(set(checkpoint.files.values()))
+        outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
+        if outside:
+            raise CheckpointError(f"{source}: the index names {outside[0]}; expected files inside the folder")
         state = out / STATE
         state.mkdir(parents=True, exist_ok=True)
-        files = sorted(set(checkpoint.files.values()))
         finished = []
         for number, file in enumerate(files):
             facts = os.stat(source / file)

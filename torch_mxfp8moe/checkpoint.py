@@ -124,7 +124,7 @@ _EXPERT = re.compile(rf"(?P<layer>.+)\.experts\.(?P<expert>\d+)\.(?P<matrix>{_NA
 _STACKED = re.compile(r"(?P<layer>.+)\.experts\.(?P<matrix>gate_up_proj|down_proj)(?P<weight>\.weight)?")
 _SHARED = re.compile(rf"(?P<layer>.+)\.shared_experts\.(?P<matrix>{_NAMES})\.weight")
 
-_HIGH_PRECISION = ("BF16", "F16", "F32")
+_HIGH_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SCALES = ("U8", "F8_E8M0")
 
 
@@ -281,7 +281,7 @@ class Checkpoint:
     def _kinds(self, weight: str) -> dict[str, tuple[str, tuple[str, ...], int]]:
         """The tensors of one weight: kind -> (name, dtypes, values per element)."""
         if self.form is None:
-            return {"": (weight, _HIGH_PRECISION, 1)}
+            return {"": (weight, tuple(_HIGH_PRECISION), 1)}
         if weight.endswith(".weight"):
             scale = weight.removesuffix("weight") + self.form.scale
         else:
@@ -301,10 +301,13 @@ class Checkpoint:
                 return name
         return None
 
+    def _first(self, layer: str):
+        """A down projection of a layer, not read yet."""
+        return self._slice(self._stacked_name(layer, "down_proj") or self._expert_name(layer, 0, "down"))
+
     def sizes(self, layer: str) -> tuple[int, int, int]:
         """G, H and the whole I of a layer, as its tensors have them."""
-        name = self._stacked_name(layer, "down_proj") or self._expert_name(layer, 0, "down")
-        hidden, intermediate = self._slice(name).get_shape()[-2:]
+        hidden, intermediate = self._first(layer).get_shape()[-2:]
         return self.layers[layer], hidden, intermediate
 
     # --- modules
@@ -363,7 +366,7 @@ class Checkpoint:
         direct = module.layout == "row_major" and module.w1.device.type == "cpu" and self.form is not None
         target = {name: getattr(module, name) for name in ("w1", "w1_scale", "w2", "w2_scale")}
         if not direct:
-            dtype = torch.float8_e4m3fn if self.form else torch.bfloat16
+            dtype = torch.float8_e4m3fn if self.form else _HIGH_PRECISION.get(self._first(layer).get_dtype())
             inner, slots = module.local_intermediate_size, module.num_local_experts + module.num_shared
             shapes = dict(w1=(slots, 2 * inner, hidden), w2=(slots, hidden, inner))
             target = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, shape in shapes.items()}
@@ -443,7 +446,7 @@ class Checkpoint:
         for name, matrix, size in (("w1_bias", "gate_up_proj", 2 * intermediate), ("w2_bias", "down_proj", hidden)):
             key = f"{layer}.experts.{matrix}_bias"
             if key in self.files:
-                biases[name] = self._expect(key, (count, size), _HIGH_PRECISION)[:]
+                biases[name] = self._expect(key, (count, size), tuple(_HIGH_PRECISION))[:]
         return biases
 
     def _check_activation(self, options: dict) -> None:
