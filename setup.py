@@ -83,6 +83,7 @@ setup(
     # None for aiter: AMD's comes from its sources. The package index's "aiter" is another project, and its "amd-aiter"
     # predates MXFP8 (docs/aiter.md).
     extras_require={
+        "checkpoint": ["safetensors"],
         "test": [
             "pytest",
             "pytest-xdist",
