@@ -75,6 +75,8 @@ class _Tokens(NamedTuple):
         """[T, bytes of a row] uint8. A row of 0xFF is one without routes."""
         parts = [self.hidden_states, self.topk_weights, self.topk_ids]
         parts += [] if self.hidden_states_scale is None else [self.hidden_states_scale]
+        # One column has any stride, and .view(dtype) takes 1: unsqueeze(1) gives it that.
+        parts = [part.squeeze(1).unsqueeze(1) if part.shape[1] == 1 else part for part in parts]
         parts = [part.contiguous().view(torch.uint8) for part in parts]
         padding = -sum(part.shape[1] for part in parts) % ROW_ALIGNMENT
         if padding:

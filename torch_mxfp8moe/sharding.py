@@ -22,7 +22,7 @@ def expert_parallel_range(num_experts: int, ep_rank: int, ep_size: int) -> tuple
     _check_rank("ep", ep_rank, ep_size)
     if ep_size > num_experts:
         raise ValueError(f"ep_size is {ep_size}; it takes at most {num_experts}, one expert each")
-    fewest, more = divmod(num_experts, ep_size)
+    fewest, more = num_experts // ep_size, num_experts % ep_size
     start = ep_rank * fewest + min(ep_rank, more)
     return start, start + fewest + (ep_rank < more)
 
@@ -62,7 +62,7 @@ def tensor_parallel_range(intermediate_size: int, tp_rank: int, tp_size: int) ->
         ValueError: there is no such rank, or fewer blocks than ranks, or no whole number of them.
     """
     _check_rank("tp", tp_rank, tp_size)
-    blocks, rest = divmod(intermediate_size, BLOCK)
+    blocks, rest = intermediate_size // BLOCK, intermediate_size % BLOCK
     if rest:
         raise ValueError(f"intermediate_size is {intermediate_size}; it takes a multiple of {BLOCK}")
     if tp_size > blocks:
