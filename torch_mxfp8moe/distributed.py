@@ -9,7 +9,8 @@ fused_moe_ep_allreduce its experts                all                    all-red
 fused_moe_tp           a slice of I of all        all                    all-reduce                 none
 ====================== ========================== ====================== ========================== =================
 
-:mod:`.sharding` says which experts and which slices a rank holds.
+:mod:`.sharding` says which experts and which slices a rank holds, :class:`.Mxfp8Experts` holds them, and
+:func:`arguments_of` makes a call's arguments of one.
 
 Underneath is ``torch.distributed`` and nothing else, so NCCL, RCCL or gloo, by its functional collectives: a compiled
 model keeps one graph, and what reads nothing on the host can be captured in a CUDA or HIP graph. Tokens travel as what
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 
 from . import ops
 from .arguments import FusedMoe
+from .experts import Mxfp8Experts
 from .formats import as_bytes
 
 ROW_ALIGNMENT = 16
@@ -194,6 +196,27 @@ def gather_expert_owner(
         holders = holds[:, wrong[0]].nonzero().flatten().tolist()
         raise ValueError(f"expert_map: expert {wrong[0]} is held by the ranks {holders}; it takes exactly one")
     return holds.int().argmax(0).int()
+
+
+def arguments_of(
+    experts: Mxfp8Experts, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, **more
+) -> dict:
+    """The arguments of a function of this module, but the group, for experts held by a ``nn.Module``.
+
+    >>> fused_moe_ep_allgather(**arguments_of(experts, hidden_states, topk_weights, topk_ids), group=group)
+
+    Adds the routes of the module's shared expert. ``experts`` has expert or tensor parallelism, as the function has.
+
+    Args:
+        hidden_states, topk_weights, topk_ids: of this rank's tokens, or of all, as the function takes them.
+        **more: ``hidden_states_scale`` and ``num_tokens``, if there are any.
+    """
+    if experts.shared:
+        topk_weights, topk_ids = experts.add_shared(topk_weights, topk_ids, every_token=True)
+    arguments = experts.arguments(hidden_states, topk_weights, topk_ids, add_shared=False, **more)
+    if experts.expert_map is not None:
+        arguments["num_shared_experts"] = experts.num_shared
+    return arguments
 
 
 # --- the layer

@@ -8,9 +8,9 @@ import torch
 from .formats import BLOCK
 
 
-def _check_rank(name: str, rank: int, size: int) -> None:
+def _check_rank(function: str, name: str, rank: int, size: int) -> None:
     if not 0 <= rank < size:
-        raise ValueError(f"{name}_rank is {rank}; it takes 0 to {name}_size - 1, {size - 1}")
+        raise ValueError(f"{function}: {name}_rank is {rank}; it takes 0 to {name}_size - 1, {size - 1}")
 
 
 def expert_parallel_range(num_experts: int, ep_rank: int, ep_size: int) -> tuple[int, int]:
@@ -19,9 +19,9 @@ def expert_parallel_range(num_experts: int, ep_rank: int, ep_size: int) -> tuple
     Raises:
         ValueError: there is no such rank, or there are fewer experts than ranks.
     """
-    _check_rank("ep", ep_rank, ep_size)
+    _check_rank("expert_parallel_map", "ep", ep_rank, ep_size)
     if ep_size > num_experts:
-        raise ValueError(f"ep_size is {ep_size}; it takes at most {num_experts}, one expert each")
+        raise ValueError(f"expert_parallel_map: ep_size is {ep_size}; it takes at most {num_experts}, one expert each")
     fewest, more = num_experts // ep_size, num_experts % ep_size
     start = ep_rank * fewest + min(ep_rank, more)
     return start, start + fewest + (ep_rank < more)
@@ -61,13 +61,14 @@ def tensor_parallel_range(intermediate_size: int, tp_rank: int, tp_size: int) ->
     Raises:
         ValueError: there is no such rank, or fewer blocks than ranks, or no whole number of them.
     """
-    _check_rank("tp", tp_rank, tp_size)
+    _check_rank("tensor_parallel_range", "tp", tp_rank, tp_size)
     blocks, rest = intermediate_size // BLOCK, intermediate_size % BLOCK
+    of = f"an intermediate size of {intermediate_size}"
     if rest:
-        raise ValueError(f"intermediate_size is {intermediate_size}; it takes a multiple of {BLOCK}")
+        raise ValueError(f"tensor_parallel_range: {of} is given; it takes a multiple of {BLOCK}")
     if tp_size > blocks:
-        takes = f"at most {blocks}, the blocks of {BLOCK} in an intermediate size of {intermediate_size}"
-        raise ValueError(f"tp_size is {tp_size}; it takes {takes}")
+        takes = f"at most {blocks}, the blocks of {BLOCK} in {of}"
+        raise ValueError(f"tensor_parallel_range: tp_size is {tp_size}; it takes {takes}")
     return tuple(BLOCK * (blocks * rank // tp_size) for rank in (tp_rank, tp_rank + 1))
 
 
