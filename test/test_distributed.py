@@ -1,8 +1,11 @@
 """Expert and tensor parallelism against one rank: gloo with 2 and 4 processes, NCCL with 2 GPUs if there are two."""
 
 import functools
+import json
 import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 import device
 import torch_mxfp8moe
-from helpers import assert_agrees, assert_equal, error_of, moe_inputs, same_bytes
+from helpers import PACKAGE, assert_agrees, assert_equal, error_of, moe_inputs, same_bytes
 from ranks import Ranks
 from torch_mxfp8moe import Mxfp8Experts, SharedExpert, distributed, sharding
 
@@ -241,6 +244,30 @@ def dispatch_is_lossless(group, device, path, activation_dtype, dtype):
 def test_the_bytes_that_are_sent_change_no_bit(ranks, path, dtype):
     for activation_dtype in ("mxfp8", "bf16"):
         ranks(dispatch_is_lossless, path=path, activation_dtype=activation_dtype, dtype=dtype)
+
+
+@needs("gloo")
+@pytest.mark.parametrize("ranks", (2, 8, 32))
+def test_rounding_at_every_hop_of_a_ring_stays_within_the_tolerance(ranks):
+    """Many ranks' parts, added one after the other: in bf16 for experts, and for slices on up to 8 ranks."""
+    inputs = moe_inputs(T=64, H=256, I=1024, E=32, K=8)
+    weights = {name: x for name, x in inputs.items() if name.startswith("w")}
+    tokens = {name: x for name, x in inputs.items() if name in TOKENS}
+    want = torch_mxfp8moe.reference.fused_moe(**inputs)
+
+    def parts(**options):
+        for rank in range(ranks):
+            held = sharding.expert_parallel_shard(weights, rank, ranks)
+            expert_map = sharding.expert_parallel_map(32, rank, ranks)
+            slices = sharding.tensor_parallel_shard(weights, rank, ranks)
+            yield (
+                torch_mxfp8moe.fused_moe(**tokens, **held, expert_map=expert_map),
+                torch_mxfp8moe.fused_moe(**tokens, **slices, **options),
+            )
+
+    experts, slices = map(sum, zip(*parts(out_dtype=torch.float32 if ranks > 8 else None)))
+    assert_agrees(experts, want)
+    assert_agrees(slices.to(want.dtype), want)
 
 
 # --- token counts on the device, capacity
@@ -611,3 +638,26 @@ def captured_paths(group, device):
 @pytest.mark.parametrize("ranks", groups("nccl-2"), indirect=True)
 def test_captured_in_graphs(ranks):
     ranks(captured_paths)
+
+
+# --- the tool
+
+
+@needs("gloo")
+def test_the_benchmark_measures_and_models(tmp_path):
+    tool, file = PACKAGE.parent / "tools/bench_distributed.py", tmp_path / "scaling.json"
+    row = "Qwen3-30B-A3B TP1"
+    run = [sys.executable, "-W", "ignore", str(tool)]
+    measure = ["--device", "cpu", "--shrink", "16", "--tokens", "8", "--repeat", "1", "--rows", row, "--json", str(file)]
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    for arguments in (measure, ["--model", str(file)]):
+        done = subprocess.run(
+            [*run, *arguments], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+    assert "8: " in done.stdout and "64: I is too small" in done.stdout
+    results = json.loads(file.read_text())["results"]
+    assert [(r["ranks"], r["path"]) for r in results] == [
+        (1, "fused_moe"), *((2, path) for path in ("ep_allgather", "ep_alltoall", "ep_alltoall_capacity", "ep_allreduce", "tp"))
+    ]  # fmt: skip
+    assert all(r["us"] > 0 and r["speedup"] > 0 and r.get("error", 0) < 5e-3 for r in results)

@@ -483,7 +483,9 @@ def fused_moe_tp(
         w1, w1_scale, w2, w2_scale: this rank's slices, whole blocks of 32 of I; :func:`.sharding.tensor_parallel_shard`
             makes them.
         w2_bias: [E, H], whole, on every rank: the first rank of the group adds it.
-        The others: as for :func:`fused_moe_ep_allgather`; ``w1_bias``, sliced, and the rest as for ``fused_moe``.
+        reduce_dtype: as for :func:`fused_moe_ep_allgather`. On more than 8 ranks a 16-bit sum, rounded at every hop of a
+            ring, leaves the contract's tolerance: take fp32.
+        The others: ``w1_bias``, sliced, and the rest as for ``fused_moe``.
 
     Returns:
         [T, H], the same on every rank as far as the communication library's all-reduce is.
