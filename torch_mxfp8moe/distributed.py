@@ -270,8 +270,8 @@ def fused_moe_ep_allgather(
         hidden_states_scale: of hidden states that are MXFP8 already, on every rank.
         num_tokens: int32, one element on the device: how many of this rank's rows are real. May differ from rank to
             rank and change in place between replays of a graph.
-        max_tokens: rows that every rank sends, the same number on each, T at most of which are tokens: with it T may
-            differ from rank to rank, and be 0.
+        max_tokens: pad this rank's rows to so many before they are sent, the same number on every rank and T at least:
+            with it T may differ from rank to rank, and be 0.
         num_shared_experts: how many of the last ids are shared experts, held by every rank.
         quantize_dispatch: send tokens as MXFP8 where they are not yet. Results do not depend on it. By default where
             the experts quantise them anyway, but in layout ``aiter_gfx950``, whose backend quantises by itself.
@@ -483,8 +483,8 @@ def fused_moe_tp(
         w1, w1_scale, w2, w2_scale: this rank's slices, whole blocks of 32 of I; :func:`.sharding.tensor_parallel_shard`
             makes them.
         w2_bias: [E, H], whole, on every rank: the first rank of the group adds it.
-        reduce_dtype: as for :func:`fused_moe_ep_allgather`. On more than 8 ranks a 16-bit sum, rounded at every hop of a
-            ring, leaves the contract's tolerance: take fp32.
+        reduce_dtype: as for :func:`fused_moe_ep_allgather`. On more than 8 ranks a 16-bit sum that is rounded at every
+            hop of a ring leaves the contract's tolerance: take fp32.
         The others: ``w1_bias``, sliced, and the rest as for ``fused_moe``.
 
     Returns:
