@@ -186,7 +186,7 @@ def check_op(op, args: tuple, kwargs: dict | None = None) -> None:
 @cache
 def aot_inductor_why_not() -> str | None:
     """Why AOTInductor itself does not work here on ``DEVICE``, or None: a package of x + 1 is loaded and run, in a
-    process that may crash. (One machine's linker put a second C++ library into every package: all crashed.)"""
+    process that may crash. (One machine's ``CXX`` links a second C++ library into every package: all crash.)"""
     code = """
 import sys
 import torch
