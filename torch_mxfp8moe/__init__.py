@@ -8,9 +8,10 @@
 
 from . import reference
 from .dispatch import BackendStatus, Explanation, backends
-from .experts import Mxfp8Experts, SharedExpert, expert_parallel_map, tensor_parallel_range
+from .experts import Mxfp8Experts, SharedExpert
 from .layouts import LAYOUTS
 from .ops import dequantize_1x32, explain, fused_moe, preshuffle, quantize_1x32, warmup
+from .sharding import expert_parallel_map, tensor_parallel_range
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ from .dispatch import explain_call, known_backend
 from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES
 from .layouts import LAYOUTS, ROW_MAJOR, padded_intermediate
 from .ops import fused_moe, preshuffle, quantize_1x32
+from .sharding import expert_parallel_map, tensor_parallel_range
 
 GATE_UP_ORDERS = ("concatenated", "interleaved")
 """Rows of w1: all gate rows then all up rows, or gate and up rows in turn, as gpt-oss has them."""
@@ -30,36 +31,6 @@ _WEIGHTS = {"w1": True, "w2": False}
 _STATE = "_extra_state"
 _FORMAT = 1
 """Version of what ``get_extra_state`` writes."""
-
-
-def tensor_parallel_range(intermediate_size: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
-    """The part [start, stop) of a model's intermediate size that a rank holds.
-
-    Whole blocks of 32, as even as they come: the usual I / tp_size wherever that is divisible by 32.
-    """
-    blocks = intermediate_size // BLOCK
-    start, stop = (BLOCK * (blocks * rank // tp_size) for rank in (tp_rank, tp_rank + 1))
-    if start == stop:
-        raise ValueError(
-            f"tensor_parallel_range: tp_size is {tp_size}; it takes at most {blocks}, the blocks of {BLOCK} in an "
-            f"intermediate size of {intermediate_size}"
-        )
-    return start, stop
-
-
-def expert_parallel_map(num_experts: int, ep_rank: int, ep_size: int) -> Tensor:
-    """``expert_map`` of a rank that holds consecutive experts: int32 [G], the local expert or -1; on the CPU.
-
-    As even as they come; the first ranks hold one more where G is not divisible by ``ep_size``, as in vLLM.
-    """
-    if ep_size > num_experts:
-        raise ValueError(f"expert_parallel_map: ep_size is {ep_size}; it takes at most {num_experts}, one expert each")
-    fewest, more = divmod(num_experts, ep_size)
-    start = ep_rank * fewest + min(ep_rank, more)
-    local = fewest + (ep_rank < more)
-    expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
-    expert_map[start : start + local] = torch.arange(local, dtype=torch.int32, device="cpu")
-    return expert_map
 
 
 @dataclass(frozen=True)
