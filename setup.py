@@ -95,6 +95,7 @@ setup(
             *TRITON,
         ]
     },
+    entry_points={"vllm.general_plugins": ["torch_mxfp8moe = torch_mxfp8moe.integrations.vllm:register"]},
     packages=find_packages(include=["torch_mxfp8moe*"]),
     package_data={"torch_mxfp8moe": ["configs/triton/*.json"]},
     ext_modules=[] if MODE == "skip" else [extension()],
