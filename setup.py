@@ -83,6 +83,7 @@ setup(
     # None for aiter: AMD's comes from its sources. The package index's "aiter" is another project, and its "amd-aiter"
     # predates MXFP8 (docs/aiter.md).
     extras_require={
+        "transformers": ["transformers>=5.20"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -91,6 +92,7 @@ setup(
             "numpy",
             "safetensors",
             "torchao==0.18.*",
+            "transformers>=5.20",
             "torch-abi-audit; python_version >= '3.11'",
             *TRITON,
         ]
