@@ -58,8 +58,7 @@ def _why_not_experts() -> str | None:
         others = sorted(base.__abstractmethods__ ^ ABSTRACT_METHODS)
         return f"FusedMoEExpertsModular has other abstract methods than in vLLM 0.33: {', '.join(others)}"
     for name, takes in PARAMETERS.items():
-        got = tuple(inspect.signature(inspect.getattr_static(base, name).__get__(None, base)).parameters)
-        got = got if got[:1] == takes[:1] else takes[:1] + got
+        got = tuple(inspect.signature(getattr(base, name)).parameters)
         if got != takes:
             return f"FusedMoEExpertsModular.{name} takes {', '.join(got)}; known is {', '.join(takes)}"
     return None

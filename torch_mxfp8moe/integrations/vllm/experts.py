@@ -52,15 +52,15 @@ def serving_backend(config: FusedMoEConfig) -> tuple[str | None, str]:
     if hidden % BLOCK or inner % BLOCK:
         return None, f"sizes H={hidden}, I={inner}: both have to be divisible by {BLOCK}"
     with FakeTensorMode(), torch.device(torch.device(config.device).type):
-        tokens = config.experts_per_token
+        topk = config.experts_per_token
         call = explain(
             torch.empty(1, hidden, dtype=config.in_dtype),
             torch.empty(experts, 2 * inner, hidden, dtype=torch.float8_e4m3fn),
             torch.empty(experts, 2 * inner, hidden // BLOCK, dtype=torch.uint8),
             torch.empty(experts, hidden, inner, dtype=torch.float8_e4m3fn),
             torch.empty(experts, hidden, inner // BLOCK, dtype=torch.uint8),
-            torch.empty(1, tokens),
-            torch.empty(1, tokens, dtype=torch.int32),
+            torch.empty(1, topk),
+            torch.empty(1, topk, dtype=torch.int32),
             **swiglu(config.activation, config.swiglu_alpha, config.swiglu_beta, config.swiglu_limit),
         )
     return call.backend, str(call)
