@@ -84,6 +84,7 @@ setup(
     # predates MXFP8 (docs/aiter.md).
     extras_require={
         "checkpoint": ["safetensors"],
+        "transformers": ["transformers>=5.20"],
         "test": [
             "pytest",
             "pytest-xdist",
@@ -92,10 +93,12 @@ setup(
             "numpy",
             "safetensors",
             "torchao==0.18.*",
+            "transformers>=5.20",
             "torch-abi-audit; python_version >= '3.11'",
             *TRITON,
         ]
     },
+    entry_points={"vllm.general_plugins": ["torch_mxfp8moe = torch_mxfp8moe.integrations.vllm:register"]},
     packages=find_packages(include=["torch_mxfp8moe*"]),
     package_data={"torch_mxfp8moe": ["configs/triton/*.json"]},
     ext_modules=[] if MODE == "skip" else [extension()],
