@@ -177,7 +177,7 @@ class _Part:
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
-    """What computes ``call`` and all calls of the same signature; ``tiles`` instead of the configured ones."""
+    """What computes ``call`` and all calls of the same kind; ``tiles`` instead of the configured ones."""
     if tiles is None:
         tiles = configs.choose(
             target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,
