@@ -17,9 +17,13 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace {
 
@@ -61,9 +65,10 @@ struct View {
   char* data = nullptr;
 
   View() = default;
-  explicit View(const Tensor& tensor) {
-    if (!tensor.defined()) return;  // None: it has no shape and no dtype that a kernel takes
-    handle = tensor.get();
+  // None has no shape and no dtype that a kernel takes.
+  explicit View(const Tensor& tensor) : View(tensor.defined() ? tensor.get() : nullptr) {}
+  explicit View(AtenTensorHandle tensor) : handle(tensor) {
+    if (handle == nullptr) return;
     int64_t *sizes_, *strides_;
     void* data_;
     check(aoti_torch_get_dtype(handle, &dtype));
@@ -435,6 +440,63 @@ void scatter_rows(const Tensor& source_, const Tensor& rows_, const Tensor& colu
   } else {
     scatter([run](char* to, const uint8_t* from) { std::memcpy(to, from, size_t(run)); });
   }
+}
+
+// Appends what arguments.py checks of a tensor but its memory and gradients; false if it is not strided memory.
+bool describe(AtenTensorHandle handle, std::vector<int64_t>& facts) {
+  static const int32_t strided = aoti_torch_layout_strided();
+  int32_t layout, device, index;
+  check(aoti_torch_get_layout(handle, &layout));
+  if (layout != strided) return false;
+  const View v(handle);
+  check(aoti_torch_get_device_type(handle, &device));
+  check(aoti_torch_get_device_index(handle, &index));
+  facts.insert(facts.end(), {v.dtype, device, index, int64_t(reinterpret_cast<uintptr_t>(v.data) % 16 == 0), v.dim});
+  facts.insert(facts.end(), v.sizes, v.sizes + v.dim);
+  facts.insert(facts.end(), v.strides, v.strides + v.dim);
+  return true;
+}
+
+// "(Tensor?[] tensors) -> int": a number for the facts of all, the same for equal ones and never for others; -1 where a
+// tensor is not strided memory. Takes the list item by item, since a call of every backend waits for it.
+void signature(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr size_t kMost = 1 << 16;
+  static std::mutex mutex;
+  static std::map<std::vector<int64_t>, int64_t> numbers;
+  static int64_t next = 0;
+  thread_local std::vector<int64_t> facts;
+
+  const std::unique_ptr<StableListOpaque, AOTITorchError (*)(StableListHandle)> list(
+      unbox<StableListHandle>(stack[0]), torch_delete_list);
+  size_t size;
+  check(torch_list_size(list.get(), &size));
+  facts.clear();
+  bool strided = true;
+  for (size_t i = 0; i < size && strided; ++i) {
+    StableIValue item;
+    check(torch_list_get_item(list.get(), i, &item));
+    const auto handle = unbox<std::optional<AtenTensorHandle>>(item);
+    if (!handle) {
+      facts.push_back(-1);
+      continue;
+    }
+    const std::unique_ptr<AtenTensorOpaque, AOTITorchError (*)(AtenTensorHandle)> tensor(
+        *handle, aoti_torch_delete_tensor_object);
+    strided = describe(tensor.get(), facts);
+  }
+  int64_t number = -1;
+  if (strided) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (numbers.size() >= kMost) numbers.clear();  // and those that were there get new numbers
+    const auto [known, added] = numbers.try_emplace(facts, next);
+    next += added;
+    number = known->second;
+  }
+  stack[0] = box(number);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CompositeExplicitAutograd, m) {
+  m.impl("_signature", &signature);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CPU, m) {

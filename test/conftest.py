@@ -41,3 +41,11 @@ def thread_count():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def kinds():
+    """What one test made of the backends, no call of the next one finds."""
+    from torch_mxfp8moe import arguments
+
+    arguments._kinds.clear()

@@ -14,6 +14,8 @@ from gfx950_simulator.machine import Program
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from torch_mxfp8moe.backends.triton import numerics
+
 GFX950 = GPUTarget("hip", "gfx950", 64)
 
 # --- assembly
@@ -176,3 +178,14 @@ def dot_scaled_kernel(
         right_scale = tl.load(b_scale + column[:, None] * (K // 32) + start // 32 + block[None, :])
         total = tl.dot_scaled(left, left_scale, "e4m3", right, right_scale, "e4m3", total)
     tl.store(out + row[:, None] * N + column[None, :], total)
+
+
+@triton.jit
+def quantize_natively_kernel(x, data, scale, N: tl.constexpr):
+    """N blocks of 32, as the first product ends (gemm.py)."""
+    block = tl.arange(0, N)
+    index = block[:, None] * numerics.BLOCK + tl.arange(0, numerics.BLOCK)[None, :]
+    values = tl.load(x + index)
+    byte = numerics.scale_byte(numerics.block_amax(values), "rceil")
+    tl.store(data + index, numerics.encode_natively(values, byte[:, None]))
+    tl.store(scale + block, byte.to(tl.uint8))

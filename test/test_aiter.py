@@ -721,12 +721,12 @@ def test_nothing_is_read_on_the_host(served):
     served(lambda arguments: result)
     here = dispatch.registered()["aiter"]
     call = FusedMoe(**small(G=8), expert_map=torch.arange(8).int() - 4, num_tokens=torch.tensor([5]).int()).check()
-    here._plans[call.signature] = SimpleNamespace(run=lambda *arguments: ran.append("routes"))
+    call.kind.plans["aiter"] = SimpleNamespace(run=lambda *arguments: ran.append("routes"))
     with pytest.MonkeyPatch.context() as patch, Recorder(), torch.no_grad():
         patch.setattr(backend.Aiter, "_routes", ROUTES)
         patch.setattr(backend.TRITON, "target", lambda device: None)
         assert here.why_not(call) is None and here.new_fused_moe(call) is result
-    assert ran == ["aten.empty.memory_format"] * 3 + ["routes"] + ["aten.detach.default"] * 2
+    assert ran == ["aten.empty_strided.default"] * 3 + ["routes"] + ["aten.detach.default"] * 2
 
 
 def test_a_gpu_that_is_not_the_current_one(served, monkeypatch):
@@ -965,6 +965,7 @@ INTERPRETED = """
 import torch
 from hypothesis import given, settings
 import test_aiter
+from torch_mxfp8moe.arguments import Kind
 from torch_mxfp8moe.backends import aiter
 from torch_mxfp8moe.backends.aiter.routes import routes
 
@@ -972,11 +973,12 @@ settings.load_profile("repeatable")
 seen = []
 
 class Call:
-    op, signature, device = "fused_moe", None, torch.device("cpu")
+    op, device = "fused_moe", torch.device("cpu")
 
 @given(test_aiter.routings())
 def compare(case):
     call = Call()
+    call.kind = Kind()
     call.topk_ids, call.topk_weights, call.expert_map, call.num_tokens, call.experts = case
     (call.tokens, call.topk) = call.topk_ids.shape
     call.global_experts = call.experts if call.expert_map is None else len(call.expert_map)

@@ -630,16 +630,17 @@ def test_out_writes_a_slice(T, dtype):
 @pytest.mark.skipif(BACKEND != "triton", reason=f"calls go to {BACKEND}")
 def test_many_tokens_are_served_in_parts(monkeypatch):
     """Where intermediates would be too large a call takes its tokens in turns, here one at a time: the same bits."""
-    from torch_mxfp8moe.backends.triton import BACKEND as triton
+    from torch_mxfp8moe import arguments
     from torch_mxfp8moe.backends.triton import fused_moe as launches
-    from torch_mxfp8moe.backends.triton.plans import Plans
 
     inputs = moe_inputs(T=5, K=3, bias_dtype=torch.float32) | dict(num_tokens=torch.tensor(4, dtype=torch.int32))
     want = OPS.fused_moe(**inputs)
     monkeypatch.setattr(launches, "LARGEST_WORKSPACE", 1)
-    monkeypatch.setattr(triton, "_plans", Plans())
+    arguments._kinds.clear()
     assert same_bytes(OPS.fused_moe(**inputs), want) and want[3].ne(0).any()
-    assert {len(plan.launches) for plan in triton._plans.values()} == {25}
+    (kind,) = arguments._kinds.values()
+    plan, _ = kind.plans["triton"]
+    assert len(plan.launches) == 25
 
 
 def test_out_of_no_tokens():

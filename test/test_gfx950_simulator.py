@@ -413,6 +413,21 @@ def test_conversions():
     np.testing.assert_array_equal(back[4].view(np.uint16).reshape(-1, 2)[both], want[both])
 
 
+def test_conversions_that_saturate():
+    """FP16_OVFL of the MODE register, which Triton sets: beyond the largest number comes that one, and NaN stays."""
+    x = np.array([448, -449, 1e9, -1e9, np.nan, 464, -480, 3] * 8, np.float32).view(np.uint32)
+    convert = "v_mov_b32_e32 v{0}, 0\nv_cvt_scalef32_pk_fp8_f32 v{0}, v1, v1, 1.0"
+    saturate = "s_setreg_imm32_b32 hwreg(HW_REG_MODE, 23, 1), {}"
+    body = [convert.format(10), saturate.format(1), convert.format(11), saturate.format(0), convert.format(12)]
+    found = execute("\n".join(body), x, outputs=("v10", "v11", "v12"))
+    before, there, after = (out.view(np.uint8)[::4][:8] for out in found)
+    assert there.tolist() == [0x7E, 0xFE, 0x7E, 0xFE, 0x7F, 0x7E, 0xFE, 0x44]
+    assert before.tolist() == after.tolist() == [0x7E, 0xFE, 0x7F, 0xFF, 0x7F, 0x7E, 0xFF, 0x44]
+    for wrong in ("s_setreg_imm32_b32 hwreg(HW_REG_MODE, 0, 4), 1", saturate.format(1) + "\nv_cvt_f16_f32_e32 v10, v1"):
+        with pytest.raises((AssemblyError, SimulationError), match="not modelled"):
+            execute(wrong, x)
+
+
 @pytest.mark.parametrize("format_, dtype", [("fp8", torch.float8_e4m3fn), ("bf8", torch.float8_e5m2)])
 def test_fp8_tables(format_, dtype):
     """All codes decode as torch decodes them, and all fp16 values encode so, but what overflows."""
@@ -1068,6 +1083,28 @@ def test_quantize(mode, dtype):
     x = base.to(dtype)[:, :96]
     got = ops.quantize_1x32(x, mode)
     assert all(same_bytes(a, b) for a, b in zip(got, reference.quantize_1x32(x, mode)))
+
+
+def test_quantize_natively():
+    """The bytes that the first product ends with: blocks of all magnitudes, values up to 2^-24 of the largest, ties,
+    blocks at the edge of a scale byte, subnormals, zeros of both signs, Inf and NaN."""
+    blocks = 4096
+    x = torch.exp2(randn(blocks, 32, seed=1).abs() * -6) * randn(blocks, 32, seed=2).sign()
+    x[::2] = (x[::2] * 2**12).round() / 2**12
+    x[::3, 0] = 1.75 * (1 + torch.arange(len(x[::3])) % 64 * 2.0**-23)
+    x *= torch.exp2(torch.arange(blocks) % 272 - 148.0)[:, None]
+    x[::97, 3:9] = torch.tensor([0.0, -0.0, 0.0, -0.0, 1e-45, -1e-45])
+    x[5::271], x[7::271, 4], x[11::271, 5], x[13::271, 6] = -0.0, -float("nan"), float("inf"), -float("inf")
+    data, scale = torch.empty(blocks, 32, dtype=torch.uint8), torch.empty(blocks, dtype=torch.uint8)
+    pointers = dict(x="*fp32", data="*u8", scale="*u8")
+    kernel = compile_(kernels.quantize_natively_kernel, pointers, dict(N=256), pointers)
+    assert any("cvt_scalef32_pk_fp8_f32" in one.name for one in kernel.program.instructions)
+    for first in range(0, blocks, 256):
+        part = slice(first, first + 256)
+        run(kernel, dict(x=x[part], data=data[part], scale=scale[part]), (1,), ["data", "scale"])
+    want, want_scale = reference.quantize_1x32(x)
+    assert torch.equal(scale, want_scale[:, 0]) and (scale == 255).any() and (scale == 0).any()
+    assert torch.equal(data, want.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

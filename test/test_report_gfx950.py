@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import report_gfx950 as report  # noqa: E402
 from gfx950_simulator.assembly import instruction, parse  # noqa: E402
 from shapes import rows  # noqa: E402
+from torch_mxfp8moe import configs  # noqa: E402
 
 LOOP = """
   v_mov_b32_e32 v1, 0
@@ -85,3 +86,11 @@ def test_a_shipped_tile():
     assert second.busy["VMEM"] >= 2 * 128 * 128 / 64
     assert second.workgroups in (1, 2) and second.in_flight == 128 * 128 * second.workgroups
     assert second.hazards == 0 and second.code.stack == 0
+
+
+def test_the_prefill_tile_is_bound_by_the_matrix_unit():
+    """In the loops of both products; and what the first has after its loop is short beside it."""
+    tiles = configs.load("gfx950", "mxfp8").tiles[-1]
+    for one in report.reports(rows()["MiniMax-M3 TP4"], tiles):
+        assert one.busiest == "MFMA" and not one.narrow and one.block_m == one.rows == 256
+        assert one.after < one.depth / one.k * one.busy["MFMA"] / 6

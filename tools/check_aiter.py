@@ -140,10 +140,15 @@ class _NoLaunch:
         return lambda *arguments, stream: None
 
 
+_libraries = []
+"""What is registered, for as long as it is held."""
+
+
 def _pretend_gfx950() -> None:
     """CPU tensors are served by aiter; kernels are not launched, all else is as on a GPU."""
     from triton.runtime import driver
 
+    from torch_mxfp8moe import ops
     from torch_mxfp8moe.backends import aiter
     from torch_mxfp8moe.backends.triton import launch
 
@@ -161,6 +166,22 @@ def _pretend_gfx950() -> None:
     launch._Ready.__init__ = without_kernel
     driver.set_active(SimpleNamespace(get_current_stream=lambda device: 0))
     launch.Plan.run = lambda self, op, memory, device, target: self._run(op, memory, device, target)
+    # CPU tensors would go to the C++ kernel, which those of a GPU do not.
+    library = torch.library.Library(ops.NAMESPACE, "IMPL", "CPU")
+    library.impl("fused_moe", ops._fused_moe, allow_override=True)
+    _libraries.append(library)
+
+
+def _empty_op(result: torch.Tensor):
+    """An op with the schema of ``fused_moe`` whose Python kernel returns ``result``."""
+    from torch_mxfp8moe import ops
+
+    library = torch.library.Library("check_aiter", "DEF")
+    library.define("nothing" + ops.SCHEMAS["fused_moe"])
+    library.impl("nothing", torch.library.fallthrough_kernel, "Autograd")
+    library.impl("nothing", lambda *args, **kwargs: result, "CompositeExplicitAutograd")
+    _libraries.append(library)
+    return torch.ops.check_aiter.nothing
 
 
 def overhead() -> int:
@@ -168,8 +189,6 @@ def overhead() -> int:
     import aiter_stand_in
 
     pretend = not torch.cuda.is_available()
-    if pretend:  # CPU tensors would go through the C++ kernels, which tensors of a GPU do not
-        sys.modules["torch_mxfp8moe._C"] = None
     folder = tempfile.TemporaryDirectory()
     aiter_stand_in.install(Path(folder.name))
     sys.path.insert(0, folder.name)
@@ -216,11 +235,14 @@ def overhead() -> int:
         whole = median(lambda: function(**inputs, layout="aiter_gfx950", swiglu_limit=7.0))
         call = FusedMoe(**inputs, layout="aiter_gfx950", swiglu_limit=7.0).check()
         backend = registered()["aiter"]
-        part = median(lambda: backend.why_not(call) or backend.new_fused_moe(call))
+        part = median(lambda: backend.new_fused_moe(call))
+        empty = _empty_op(result)
+        dispatcher = median(lambda: empty(**inputs, layout="aiter_gfx950", swiglu_limit=7.0))
         launched = "kernel not launched" if pretend else torch.cuda.get_device_name()
         print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, {launched}")
         print(f"medians, us: the stand-in {own:.1f}, the backend around it {part - own:.1f}, the op around both "
-              f"{whole - part:.1f} (which a call of any backend costs)")  # fmt: skip
+              f"{whole - part:.1f} (which a call of any backend costs; an op with these arguments that does nothing "
+              f"{dispatcher:.1f}); all but the stand-in {whole - own:.1f}")  # fmt: skip
     return 0
 
 

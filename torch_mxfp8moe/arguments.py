@@ -2,16 +2,20 @@
 
 Every message names the argument, what it got and what it takes. The same checks run for real tensors and for fake ones
 with symbolic sizes: conditions on sizes go through ``torch._check_*``, so that a traced token count stays symbolic.
+
+What calls of one kind have in common is found once (:class:`Kind`): the host would spend most of an eager call on it.
 """
 
 import math
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch.autograd import forward_ad
 
+from . import extension
 from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES, SCALE_ROUNDINGS
 from .layouts import LAYOUTS, Layout, padded_intermediate
 
@@ -33,53 +37,99 @@ def _either(options) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
 
+ALIGNMENT = 16
+"""Bytes; whether a tensor lies at a multiple of them is part of what a call is."""
+
 REMEMBERED = 4096
-"""How many signatures of valid calls are kept."""
-
-_valid: set[tuple] = set()
-"""Signatures (and whether ``out`` is written) of calls whose kind was checked: the next call like them is as valid."""
+"""How many kinds of valid calls are kept. When there are more, all are forgotten."""
 
 
-@dataclass(frozen=True, eq=False)
+class Kind:
+    """What valid calls have in common that differ only in the values of their tensors and in where these lie."""
+
+    __slots__ = ("backend", "plans")
+
+    def __init__(self):
+        self.backend = None
+        """What :mod:`.dispatch` keeps: who serves the calls."""
+        self.plans = {}
+        """What each backend keeps, by its name."""
+
+
+_kinds: dict[tuple, Kind] = {}
+
+
+def _described(tensors: Sequence[torch.Tensor | None]) -> tuple | None:
+    """What the C++ kernel of ``_signature`` has a number for: all that is checked of tensors but memory and gradients.
+
+    None if one of them is not a plain strided tensor.
+    """
+    result = []
+    for x in tensors:
+        if x is None:
+            result.append(None)
+            continue
+        if type(x) not in (torch.Tensor, torch.nn.Parameter) or x.layout is not torch.strided:
+            return None
+        try:
+            result.append((x.dtype, x.device, x.data_ptr() % ALIGNMENT == 0, x.shape, x.stride()))
+        except RuntimeError:  # nested and functional tensors, for instance
+            return None
+    return tuple(result)
+
+
+def _numbered(tensors: Sequence[torch.Tensor | None]) -> int | None:
+    """The same by the C++ kernel, in half the time."""
+    number = torch.ops.mxfp8moe._signature.default(tensors)
+    return None if number < 0 else number
+
+
+_signature = _described if extension.MODULE is None else _numbered
+
+
+def _getter(names: Sequence[str]) -> staticmethod:
+    """A function of an object: the tuple of its attributes ``names``."""
+    get = attrgetter(*names)
+    return staticmethod(get if len(names) > 1 else lambda call: (get(call),))
+
+
+@dataclass(eq=False)
 class Call:
     """Base of the ops' arguments. ``op`` is the op's name in messages."""
 
     op = "op"
+    kind = None
+    """The :class:`Kind` of a checked call."""
 
-    @cached_property
-    def signature(self) -> tuple | None:
-        """What the call is, but for the values in its tensors and where they lie: equal for calls of the same kind.
-
-        None if an argument is not a plain strided tensor (a fake one, for instance) or cannot be hashed.
-        """
-        facts = [type(self)]
-        for name in self.__match_args__:
-            value = getattr(self, name)
-            if isinstance(value, torch.Tensor):
-                if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
-                    return None
-                try:
-                    value = (value.dtype, value.shape, value.stride(), value.device, value.data_ptr() % 16 == 0)
-                except RuntimeError:  # nested and functional tensors, for instance
-                    return None
-            facts.append(value)
-        signature = tuple(facts)
-        try:
-            hash(signature)
-        except TypeError:
-            return None
-        return signature
+    def __init_subclass__(cls):
+        names = cls.__annotations__
+        tensors = [name for name, type_ in names.items() if "Tensor" in str(type_)]
+        cls._tensors, cls._options = _getter(tensors), _getter([name for name in names if name not in tensors])
 
     def check(self, writes_out: bool = False):
         """Raises unless the call is valid; returns it. ``writes_out``: of a call to an op's ``.out`` form."""
-        known = (self.signature, writes_out)
-        if self.signature is None or known not in _valid:
-            self._check_kind(writes_out)
-            if self.signature is not None:
-                if len(_valid) >= REMEMBERED:
-                    _valid.clear()
-                _valid.add(known)
+        self._check_kind(writes_out)
         self._check_memory()
+        self.kind = Kind()
+        return self
+
+    def check_once(self, writes_out: bool = False):
+        """:meth:`check`, but what calls of one kind have in common is checked for the first of them only.
+
+        For arguments as kernels get them: tensors that have memory.
+        """
+        signature = _signature(self._tensors(self))
+        if signature is None:
+            return self.check(writes_out)
+        key = (type(self), writes_out, signature, self._options(self))
+        self.kind = _kinds.get(key)
+        if self.kind is None:
+            self.check(writes_out)
+            if len(_kinds) >= REMEMBERED:
+                _kinds.clear()
+            _kinds[key] = self.kind
+        else:
+            self._check_memory()
         return self
 
     def _check_kind(self, writes_out: bool) -> None:
@@ -88,7 +138,7 @@ class Call:
 
     def _check_memory(self) -> None:
         """The rest: gradients, and outputs that share memory with inputs."""
-        raise NotImplementedError
+        self._inference_only()
 
     def _value(self, condition, name: str, got: object, takes: str) -> None:
         torch._check_value(condition, lambda: f"{self.op}: {name} {got}; it takes {takes}")
@@ -136,7 +186,7 @@ class Call:
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{self.op}: {name} is on {tensor.device}; it takes the device of {first}, {device}")
 
-    def _inference_only(self, *tensors: torch.Tensor | None) -> None:
+    def _inference_only(self) -> None:
         if not torch.is_grad_enabled():
             return
         if forward_ad._current_level >= 0:
@@ -144,7 +194,7 @@ class Call:
                 f"{self.op} is inference only and has no tangent, but forward_ad.dual_level() is open; "
                 "call it under torch.no_grad() with inputs that are no dual numbers"
             )
-        if any(t is not None and t.requires_grad for t in tensors):
+        if any(t is not None and t.requires_grad for t in self._tensors(self)):
             raise RuntimeError(
                 f"{self.op} is inference only and has no gradient, but an input requires one; "
                 "call it under torch.no_grad() or torch.inference_mode(), or detach its inputs"
@@ -185,7 +235,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return True
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Quantize(Call):
     """``quantize_1x32``: x [..., C]."""
 
@@ -205,16 +255,13 @@ class Quantize(Call):
         self._strided("x", self.x)
         self._one_of("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
 
-    def _check_memory(self) -> None:
-        self._inference_only(self.x)
-
     @property
     def scale_shape(self) -> tuple[int, ...]:
         *lead, columns = self.x.shape
         return (*lead, columns // BLOCK)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Dequantize(Call):
     """``dequantize_1x32``: data [..., C], scale [..., C/32]."""
 
@@ -241,11 +288,8 @@ class Dequantize(Call):
         self._strided("scale", self.scale)
         self._same_device("data", data=self.data, scale=self.scale)
 
-    def _check_memory(self) -> None:
-        self._inference_only(self.data, self.scale)
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Preshuffle(Call):
     """``preshuffle``: weight [E, R, C] and scale [E, R, C/32] in checkpoint order (see ``layouts`` for E, R, C)."""
 
@@ -319,10 +363,10 @@ class Preshuffle(Call):
             self._not_overlapping(
                 "out_scale", self.out_scale, weight=self.weight, scale=self.scale, out_weight=self.out_weight
             )
-        self._inference_only(self.weight, self.scale, self.out_weight, self.out_scale)
+        super()._check_memory()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FusedMoe(Call):
     """``fused_moe``; see ``ops.fused_moe`` for what each argument is."""
 
@@ -402,12 +446,12 @@ class FusedMoe(Call):
         return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     def with_out(self) -> "FusedMoe":
-        """The same call with a new output, if it has none. Its signature stays: the output follows from the rest."""
+        """The same call with a new output, if it has none. Its kind stays: the output follows from the rest."""
         if self.out is not None:
             return self
-        call = copy(self)
-        out = self.hidden_states.new_empty((self.tokens, self.hidden), dtype=self.result_dtype)
-        object.__setattr__(call, "out", out)
+        call = object.__new__(FusedMoe)
+        call.__dict__.update(self.__dict__)
+        call.out = self.hidden_states.new_empty((self.tokens, self.hidden), dtype=self.result_dtype)
         return call
 
     def _check_kind(self, writes_out: bool) -> None:
@@ -424,7 +468,7 @@ class FusedMoe(Call):
     def _check_memory(self) -> None:
         if self.out is not None:
             self._not_overlapping("out", self.out, **self.inputs)
-        self._inference_only(*self.inputs.values(), self.out)
+        super()._check_memory()
 
     def _check_weights(self) -> None:
         self._one_of("layout", self.layout, LAYOUTS)

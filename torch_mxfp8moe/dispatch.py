@@ -5,8 +5,8 @@ here and supports the call. Naming one that cannot serve the call is an error wi
 probe that fails is a "no" with the failure as its reason.
 """
 
-import dataclasses
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 
@@ -119,7 +119,16 @@ def known_backend(call: Call) -> str:
 
 
 def select(call: Call) -> Backend:
-    """The backend that serves ``call``; raises ``NotImplementedError`` with every reason if there is none."""
+    """The backend that serves ``call``; raises ``NotImplementedError`` with every reason if there is none.
+
+    The backends are asked once for each kind of call: neither they nor the machine change their minds.
+    """
+    if call.kind.backend is None:
+        call.kind.backend = _first(call)
+    return call.kind.backend
+
+
+def _first(call: Call) -> Backend:
     wanted = known_backend(call)
     for name, backend in registered().items():
         if wanted in ("auto", name) and _why_not(backend, call) is None:
@@ -131,32 +140,42 @@ def select(call: Call) -> Backend:
     raise NotImplementedError(f"{call.op}: no backend serves this call: {listed}")
 
 
-@torch.no_grad()
+def _without_gradients(function):
+    """``torch.no_grad()(function)``, which costs nothing where gradients are off already."""
+
+    @wraps(function)
+    def called(call):
+        if not torch.is_grad_enabled():
+            return function(call)
+        with torch.no_grad():
+            return function(call)
+
+    return called
+
+
+@_without_gradients
 def quantize_1x32(call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
     """Data and scale of a checked call."""
     return select(call).quantize_1x32(call)
 
 
-@torch.no_grad()
+@_without_gradients
 def dequantize_1x32(call: Dequantize) -> torch.Tensor:
     """The result of a checked call."""
     return select(call).dequantize_1x32(call)
 
 
-@torch.no_grad()
+@_without_gradients
 def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes the outputs of a checked call, allocated here if it has none."""
     if call.out_weight is None:
-        call = dataclasses.replace(
-            call,
-            out_weight=call.weight.new_empty(call.weight_shape),
-            out_scale=call.scale.new_empty(call.scale_shape, dtype=torch.uint8),
-        )
+        call.out_weight = call.weight.new_empty(call.weight_shape)
+        call.out_scale = call.scale.new_empty(call.scale_shape, dtype=torch.uint8)
     select(call).preshuffle(call)
     return call.out_weight, call.out_scale
 
 
-@torch.no_grad()
+@_without_gradients
 def fused_moe(call: FusedMoe) -> torch.Tensor:
     """The output of a checked call, written to its ``out`` if it has one."""
     backend = select(call)

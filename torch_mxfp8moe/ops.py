@@ -49,33 +49,34 @@ _REFUSED_SCHEMAS = {
 }
 # Private C++ kernels that Python calls.
 _EXTENSION_SCHEMAS = {
+    "_signature": "(Tensor?[] tensors) -> int",
     "_scatter_rows": "(Tensor source, Tensor rows, Tensor columns, Tensor(a!) out) -> ()",
 }
 
 
 def _quantize_1x32(x, *, scale_rounding="rceil"):
-    return dispatch.quantize_1x32(Quantize(x, scale_rounding).check())
+    return dispatch.quantize_1x32(Quantize(x, scale_rounding).check_once())
 
 
 def _dequantize_1x32(data, scale, *, dtype):
-    return dispatch.dequantize_1x32(Dequantize(data, scale, dtype).check())
+    return dispatch.dequantize_1x32(Dequantize(data, scale, dtype).check_once())
 
 
 def _preshuffle(weight, scale, *, layout, gate_up, pad_to=1):
-    return dispatch.preshuffle(Preshuffle(weight, scale, layout, gate_up, pad_to).check())
+    return dispatch.preshuffle(Preshuffle(weight, scale, layout, gate_up, pad_to).check_once())
 
 
 def _preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out_scale):
     call = Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale)
-    dispatch.preshuffle(call.check(writes_out=True))
+    dispatch.preshuffle(call.check_once(writes_out=True))
 
 
 def _fused_moe(*args, **kwargs):
-    return dispatch.fused_moe(FusedMoe(*args, **kwargs).check())
+    return dispatch.fused_moe(FusedMoe(*args, **kwargs).check_once())
 
 
 def _fused_moe_out(*args, **kwargs):
-    dispatch.fused_moe(FusedMoe(*args, **kwargs).check(writes_out=True))
+    dispatch.fused_moe(FusedMoe(*args, **kwargs).check_once(writes_out=True))
 
 
 def _or_error(kernel, outputs):
@@ -330,6 +331,6 @@ def warmup(tokens: Iterable[int], *args, **kwargs) -> None:
             replaced["topk_ids"] = (routes % call.global_experts).to(call.topk_ids.dtype)
             if call.out is not None:
                 replaced["out"] = torch.empty((count, call.hidden), dtype=call.out.dtype, device=call.device)
-            dispatch.fused_moe(dataclasses.replace(call, **replaced))
+            dispatch.fused_moe(dataclasses.replace(call, **replaced).check_once(writes_out=call.out is not None))
     if call.device.type == "cuda":
         torch.cuda.synchronize(call.device)

@@ -20,6 +20,7 @@ def _decode(exponent_bits: int, bias: int, infinities: bool) -> np.ndarray:
 
 DECODE = {"fp8": _decode(4, 7, False), "bf8": _decode(5, 15, True)}
 """e4m3fn and e5m2: the value of each code, float64."""
+LARGEST = {name: float(values[np.isfinite(values)].max()) for name, values in DECODE.items()}
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 """e2m1."""
 

@@ -74,6 +74,9 @@ class Program:
         self.instructions = code.instructions
         for instruction in self.instructions:
             decode(instruction)
+        names = {instruction.name for instruction in self.instructions}
+        if "s_setreg_imm32_b32" in names and any(name.endswith("_f16_f32") for name in names):
+            raise SimulationError(f"{code.name}: conversions to float16 that saturate are not modelled")
         leaders = {i.target for i in self.instructions if i.target is not None}
         leaders |= {i.index + 1 for i in self.instructions if i.unit == "flow"}
         ends = sorted(leaders | {len(self.instructions)})
@@ -127,6 +130,8 @@ class Machine:
         self.s = np.full((waves, SGPRS), 0xDEADBEEF, np.uint32)
         self.si, self.sf, self.s64 = self.s.view(np.int32), self.s.view(np.float32), self.s.view(np.uint64)
         self.scc = np.zeros(waves, bool)
+        self.saturates = np.zeros(waves, bool)
+        """FP16_OVFL of the MODE register: what becomes 8 bits wide is at most the largest number."""
         self.pc = np.zeros(waves, np.int64)
         self.done, self.waiting = np.zeros(waves, bool), np.zeros(waves, bool)
         stride = -(-self.lds_bytes // 16) * 16 + 16

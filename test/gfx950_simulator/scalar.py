@@ -293,6 +293,19 @@ def _(instruction):
     return run
 
 
+@define("s_setreg_imm32_b32", "salu", dests=0)
+def _(instruction):
+    """FP16_OVFL only, the way in which LLVM writes it."""
+    register, value = (one.value for one in instruction.operands)
+    if register != "hwreg(HW_REG_MODE, 23, 1)":
+        raise AssemblyError(f"{instruction}: this register is not modelled")
+
+    def run(m):
+        m.saturates[m.waves] = bool(value)
+
+    return run
+
+
 define("s_barrier", "flow", dests=0)(lambda instruction: lambda m: m.at_barrier(instruction))
 define(
     "s_waitcnt s_nop s_sleep s_setprio s_sethalt s_inst_prefetch s_icache_inv s_dcache_wb buffer_wbl2 buffer_inv "

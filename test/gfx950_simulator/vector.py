@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .assembly import VCC, AssemblyError, Instruction, Operand
-from .formats import DECODE, encode
+from .formats import DECODE, LARGEST, encode
 from .operands import (
     DTYPES, SGPR, TABLE, Definition, define, lanes_of, masks_of, scalar_dest, scalar_source, vector_source,
 )  # fmt: skip
@@ -733,7 +733,10 @@ def _to_fp8(names: str, format_: str, scaled: bool) -> None:
 
         def run(m):
             factor = _scale_of(scale(m))
-            codes = [encode(x(m).astype(np.float64) / factor, format_).astype(U32) for x in (a, b)]
+            values = [x(m).astype(np.float64) / factor for x in (a, b)]
+            limit = np.where(m.saturates[m.waves], LARGEST[format_], np.inf)[:, None]
+            values = [np.where(np.isinf(x), x, np.clip(x, -limit, limit)) for x in values]
+            codes = [encode(x, format_).astype(U32) for x in values]
             word = (codes[0] | codes[1] << U32(8)) << shift
             m.write_v(dest, word | m.v[dest, m.waves] & U32(0xFFFF << (16 - int(shift))))
 

@@ -6,7 +6,6 @@ the installed aiter can do; ``tuned`` reads which kernels it was tuned for. This
 only when it is asked on a machine that has a gfx950.
 """
 
-from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -15,7 +14,6 @@ from ...arguments import Call, FusedMoe
 from ...formats import as_bytes
 from .. import Backend
 from ..triton import BACKEND as TRITON
-from ..triton.plans import Plans
 from . import probe, rules, tuned
 
 _architecture = cache(probe.architecture)
@@ -27,8 +25,6 @@ class Aiter(Backend):
     description = "AMD's aiter, FlyDSL kernels for gfx950"
 
     def __init__(self):
-        self._plans = Plans()
-        """The routes' launch of every call that was served, by signature: the next call like it is served as well."""
         self.interface = cache(probe.load)
 
     @cache
@@ -41,8 +37,6 @@ class Aiter(Backend):
         return f"its routes take a Triton kernel, and: {reason}" if reason else None
 
     def why_not(self, call: Call) -> str | None:
-        if call.signature in self._plans:
-            return None
         if not isinstance(call, FusedMoe):
             return "it computes fused_moe only"
         arch = _architecture(call.device)
@@ -55,26 +49,34 @@ class Aiter(Backend):
 
     def _routes(self, call: FusedMoe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids [T, K + 1], weights [T, K + 1], mask [E + 1]; see ``routes``."""
-        shape, device = (call.tokens, call.topk + 1), call.device
-        ids = torch.empty(shape, dtype=torch.int32, device=device)
-        weights = torch.empty(shape, dtype=torch.float32, device=device)
-        mask = torch.empty(call.experts + 1, dtype=torch.int32, device=device)
+        device, (tokens, topk) = call.device, call.topk_ids.shape
+        shape, strides = (tokens, topk + 1), (topk + 1, 1)  # torch.empty takes longer
+        ids = torch.empty_strided(shape, strides, dtype=torch.int32, device=device)
+        weights = torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
+        mask = torch.empty_strided((call.experts + 1,), (1,), dtype=torch.int32, device=device)
         memory = dict(topk_ids=call.topk_ids, topk_weights=call.topk_weights, ids=ids, weights=weights, mask=mask)
         if call.expert_map is not None:
             memory["expert_map"] = call.expert_map
         if call.num_tokens is not None:
             memory["num_tokens"] = call.num_tokens
-        plan = self._plans.get(call.signature)
+        plan = call.kind.plans.get(self.name)
         if plan is None:
             from .kernel import plan as make
 
-            plan = self._plans.of(call, make, call)
+            plan = call.kind.plans[self.name] = make(call)
         plan.run(f"{call.op}, for backend 'aiter'", memory, device, TRITON.target(device))
         return ids, weights, mask
 
     def new_fused_moe(self, call: FusedMoe) -> torch.Tensor:
         if not call.tokens:
             return call.with_out().out
+        device = call.device
+        if device.index is None or device.index == torch.cuda.current_device():
+            return self._computed(call)
+        with torch.cuda.device(device):
+            return self._computed(call)
+
+    def _computed(self, call: FusedMoe) -> torch.Tensor:
         aiter = self.interface()
         ids, weights, mask = self._routes(call)
         x = call.hidden_states
@@ -83,24 +85,21 @@ class Aiter(Backend):
         # aiter asks the tensors themselves whether they are shuffled. They are; the caller's are left as they are.
         w1, w2 = call.w1.detach(), call.w2.detach()
         w1.is_shuffled = w2.is_shuffled = True
-        device = call.device
-        elsewhere = device.index is not None and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else nullcontext():
-            return aiter.fused_moe(
-                x,
-                w1,
-                w2,
-                weights,
-                ids,
-                expert_mask=mask,
-                activation=aiter.activations[rules.activation(call.swiglu_alpha, call.swiglu_beta)],
-                quant_type=aiter.quant_type,
-                w1_scale=as_bytes(call.w1_scale),
-                w2_scale=as_bytes(call.w2_scale),
-                dtype=torch.bfloat16,
-                swiglu_limit=call.swiglu_limit,
-                gate_mode=aiter.gate_mode,
-            )
+        return aiter.fused_moe(
+            x,
+            w1,
+            w2,
+            weights,
+            ids,
+            expert_mask=mask,
+            activation=aiter.activations[rules.activation(call.swiglu_alpha, call.swiglu_beta)],
+            quant_type=aiter.quant_type,
+            w1_scale=as_bytes(call.w1_scale),
+            w2_scale=as_bytes(call.w2_scale),
+            dtype=torch.bfloat16,
+            swiglu_limit=call.swiglu_limit,
+            gate_mode=aiter.gate_mode,
+        )
 
     def fused_moe(self, call: FusedMoe) -> None:
         call.out.copy_(self.new_fused_moe(call))  # aiter allocates its result and takes no other

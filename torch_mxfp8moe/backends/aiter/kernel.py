@@ -45,7 +45,7 @@ def routes_kernel(
 
 
 def plan(call: FusedMoe) -> Plan:
-    """What writes ``ids``, ``weights`` and ``mask`` for ``call`` and all calls of the same signature."""
+    """What writes ``ids``, ``weights`` and ``mask`` for ``call`` and all calls of the same kind."""
 
     def given(name: str) -> Operand | None:
         tensor = getattr(call, name)

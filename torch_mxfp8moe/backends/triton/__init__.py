@@ -15,7 +15,6 @@ import torch
 from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
 from ...formats import as_bytes
 from .. import Backend
-from .plans import Plans
 from .targets import INTERPRETED, Target, target_of
 
 MINIMUM = (3, 6)
@@ -36,9 +35,6 @@ class Triton(Backend):
     name = "triton"
     priority = 50
     description = "bundled Triton kernels for NVIDIA GPUs from sm_80 on, gfx942 and gfx950"
-
-    def __init__(self):
-        self._plans = Plans()
 
     @cache
     def why_unavailable(self) -> str | None:
@@ -71,10 +67,14 @@ class Triton(Backend):
                 return f"a weight has {largest} elements an expert; it takes fewer than {LARGEST_EXPERT}"
         return None
 
-    def _run(self, call: Call, memory: dict[str, torch.Tensor], make, *args) -> None:
-        """Run the plan of ``call``, which ``make(*args)`` makes if there is none yet, on the tensors ``memory``."""
-        plan = self._plans.of(call, make, *args)
-        plan.run(call.op, memory, call.device, self.target(call.device))
+    def _run(self, call: Call, memory: dict[str, torch.Tensor], make) -> None:
+        """Run, on the tensors ``memory``, the plan that ``make(target)`` made for the first call like this one."""
+        known = call.kind.plans.get(self.name)
+        if known is None:
+            target = self.target(call.device)
+            known = call.kind.plans[self.name] = make(target), target
+        plan, target = known
+        plan.run(call.op, memory, call.device, target)
 
     def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
         from .quantize import quantize, rows
@@ -83,7 +83,7 @@ class Triton(Backend):
         scale = torch.empty(call.scale_shape, dtype=torch.uint8, device=call.device)
         if scale.numel():
             x = rows(call.x)
-            self._run(call, dict(x=x, data=data, scale=scale), quantize, x, call.scale_rounding)
+            self._run(call, dict(x=x, data=data, scale=scale), lambda _: quantize(x, call.scale_rounding))
         return data, scale
 
     def dequantize_1x32(self, call: Dequantize) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Triton(Backend):
         out = torch.empty(call.data.shape, dtype=call.dtype, device=call.device)
         if out.numel():
             data, scale = rows(call.data), rows(as_bytes(call.scale))
-            self._run(call, dict(data=data, scale=scale, out=out), dequantize, data, scale, call.dtype)
+            self._run(call, dict(data=data, scale=scale, out=out), lambda _: dequantize(data, scale, call.dtype))
         return out
 
     def preshuffle(self, call: Preshuffle) -> None:
@@ -100,13 +100,13 @@ class Triton(Backend):
 
         if call.weight.numel():
             names = ("weight", "scale", "out_weight", "out_scale")
-            self._run(call, {name: getattr(call, name) for name in names}, preshuffle, call)
+            self._run(call, {name: getattr(call, name) for name in names}, lambda _: preshuffle(call))
 
     def fused_moe(self, call: FusedMoe) -> None:
         from .fused_moe import plan
 
         if call.tokens:
-            self._run(call, call.inputs | {"out": call.out}, plan, call, self.target(call.device))
+            self._run(call, call.inputs | {"out": call.out}, lambda target: plan(call, target))
 
 
 BACKEND = Triton()

@@ -137,12 +137,16 @@ class _Part:
         # Through that order and another layout's at once, Triton sees no neighbours and fetches weights byte by byte.
         reorder = self.scaled and call.layout == "row_major"
         groups = min(64 // rows_of_instruction, block_k // BLOCK) if reorder else 1
+        x_left = self.scaled and not self.target.capability
+        block_n = tile.block_n
+        if x_left and block_n > 64 and n < 2 * block_n and -n % block_n >= block_n // 2:
+            block_n //= 2  # less work than with a last tile that is half empty, where there is but one before it
         weighted = gate_up and self.weight_on_input
         limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
         return Launch(
             grouped_gemm_kernel,
-            (self.tiles_bound * triton.cdiv(n, tile.block_n),),
+            (self.tiles_bound * triton.cdiv(n, block_n),),
             dict(
                 x=x, x_scale=x_scale, w=w, w_scale=self._given(f"{name}_scale", codes=True),
                 bias=self._given(f"{name}_bias"), out=out, out_scale=out_scale, tiles=self.tile_list,
@@ -155,9 +159,10 @@ class _Part:
                 **order("SCALE_", layout.scale[gate_up], scale_shape),
                 GATE_UP=gate_up, MXFP8=gate_up and call.activation_dtype == "mxfp8",
                 LIMITED=gate_up and math.isfinite(limit),
-                SCALED=self.scaled, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
+                SCALED=self.scaled, X_LEFT=x_left, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
                 DESCRIPTORS=descriptors,
-                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, GROUPS=groups,
+                BLOCK_M=self.tiles.block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUPS=groups,
+                WAVES=2 if x_left and gate_up and self.tiles.block_m >= 128 else 1,  # as Triton divides such tiles
             ),
             dict(num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.options),
         )  # fmt: skip
@@ -177,7 +182,7 @@ class _Part:
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
-    """What computes ``call`` and all calls of the same signature; ``tiles`` instead of the configured ones."""
+    """What computes ``call`` and all calls of the same kind; ``tiles`` instead of the configured ones."""
     if tiles is None:
         tiles = configs.choose(
             target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,

@@ -8,13 +8,16 @@ between architectures is one strategy:
   e4m3 value times a power of two is a bf16 value, so what is multiplied is the MXFP8 value, exactly (activations all of
   them, being held times ``HELD_TIMES``; weights those that are multiples of 2^-130, all with scale bytes from 6 on).
 - ``scaled``: both operands stay codes and scale bytes, and the matrix unit takes them as they are (gfx950, sm_100).
+  On gfx950 the activations are the left operand (X_LEFT): a lane then holds neighbouring columns of a result, which
+  share a scale byte, and codes are made by an instruction.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from .memory import offset
-from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, encode_natively, factor, scale_byte
 
 
 @triton.jit
@@ -51,17 +54,33 @@ def _in_columns_order(byte, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def _by_wave(position, BLOCK_N: tl.constexpr, WAVES: tl.constexpr):
+    """Which of BLOCK_N columns each position of a result takes. WAVES waves take 16 positions each by turns: here these
+    are 16 after 16 columns, so that a block of 32 is one wave's."""
+    group = position // 16
+    return (group % WAVES * (BLOCK_N // 16 // WAVES) + group // WAVES) * 16 + position % 16
+
+
+@triton.jit
 def _weight_tile(
     w, expert, n, row_offset, k, K: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_DIGITS: tl.constexpr,
     ROWS_TILE: tl.constexpr, BLOCK_K: tl.constexpr, DESCRIPTOR: tl.constexpr, GROUPS: tl.constexpr,
+    X_LEFT: tl.constexpr,
 ):  # fmt: skip
-    """Codes [ROWS_TILE, BLOCK_K] uint8 from column k on; expert and n for a descriptor, row_offset for a pointer."""
+    """Codes [ROWS_TILE, BLOCK_K] uint8 from column k on, X_LEFT: transposed; expert and n for a descriptor, row_offset
+    for a pointer."""
     if DESCRIPTOR:
         codes = tl.reshape(w.load([expert, 0, n, k]), (ROWS_TILE, BLOCK_K))
     else:
         column = k + _columns(BLOCK_K, GROUPS)
-        pointers = w + (row_offset[:, None] + offset(column, COLUMNS, COLUMN_DIGITS)[None, :])
-        codes = tl.load(pointers, mask=(column < K)[None, :] if K % BLOCK_K else None, other=0 if K % BLOCK_K else None)
+        at = offset(column, COLUMNS, COLUMN_DIGITS)
+        if X_LEFT:
+            pointers = w + (row_offset[None, :] + at[:, None])
+            mask = (column < K)[:, None]
+        else:
+            pointers = w + (row_offset[:, None] + at[None, :])
+            mask = (column < K)[None, :]
+        codes = tl.load(pointers, mask=mask if K % BLOCK_K else None, other=0 if K % BLOCK_K else None)
     return codes
 
 
@@ -78,14 +97,19 @@ def _scale_tile(
 
 
 @triton.jit
-def _multiply(codes, byte, x, x_scale, total, SCALED: tl.constexpr, NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr):
-    """total [BLOCK_N, BLOCK_M] fp32 + weight tile times x [BLOCK_K, BLOCK_M].
+def _multiply(
+    codes, byte, x, x_scale, total, SCALED: tl.constexpr, X_LEFT: tl.constexpr, NATIVE_E4M3: tl.constexpr,
+    WGMMA: tl.constexpr,
+):  # fmt: skip
+    """total [BLOCK_N, BLOCK_M] fp32 + weight tile times x [BLOCK_K, BLOCK_M]; X_LEFT: all of them transposed.
 
     WGMMA: the instruction goes on reading its left operand from registers after it was issued. In a loop, Triton (seen
     in 3.6) waits for it one trip later, and the next trip's conversions may be given the same registers before that:
     wrong results, now and then. A use of the sum makes it wait here; the use is a move that the assembler drops.
     """
-    if SCALED:
+    if X_LEFT:
+        total = tl.dot_scaled(x, x_scale, "e4m3", codes, byte, "e4m3", total)
+    elif SCALED:
         total = tl.dot_scaled(codes, byte, "e4m3", x, x_scale, "e4m3", total)
     else:
         total = tl.dot(_upcast(codes, byte, x.dtype, NATIVE_E4M3), x, total, input_precision="ieee")
@@ -105,8 +129,8 @@ def grouped_gemm_kernel(
     COLUMN_DIGITS: tl.constexpr, SCALE_EXPERT_STRIDE: tl.constexpr, SCALE_ROWS: tl.constexpr,
     SCALE_ROW_DIGITS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, SCALE_COLUMN_DIGITS: tl.constexpr,
     GATE_UP: tl.constexpr, MXFP8: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr,
-    NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUPS: tl.constexpr,
+    X_LEFT: tl.constexpr, NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, WAVES: tl.constexpr,
 ):  # fmt: skip
     """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
 
@@ -127,7 +151,10 @@ def grouped_gemm_kernel(
         rows: tl.constexpr = halves * BLOCK_N
 
         # Rows of the weight in this tile: BLOCK_N from each half.
-        in_half = n + tl.arange(0, rows) % BLOCK_N
+        position = tl.arange(0, rows) % BLOCK_N
+        if WAVES > 1:
+            position = _by_wave(position, BLOCK_N, WAVES)
+        in_half = n + position
         weight_row = tl.arange(0, rows) // BLOCK_N * N + tl.where(in_half < N, in_half, 0)
         w_row = offset(weight_row, ROWS, ROW_DIGITS)
         s_row = offset(weight_row, SCALE_ROWS, SCALE_ROW_DIGITS)
@@ -136,7 +163,7 @@ def grouped_gemm_kernel(
         slot = first + tl.arange(0, BLOCK_M)
         safe_slot = tl.where(slot < end, slot, first).to(tl.int64)
 
-        total = tl.zeros([rows, BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M, rows] if X_LEFT else [rows, BLOCK_M], tl.float32)
         if not SCALED:
             byte = _scale_tile(scales, s_row, 0, K, SCALE_COLUMNS, SCALE_COLUMN_DIGITS, BLOCK_K, True)
         for k in tl.range(0, K, BLOCK_K):
@@ -150,6 +177,11 @@ def grouped_gemm_kernel(
             k_index = k + _columns(BLOCK_K, GROUPS)
             if DESCRIPTORS:
                 x_tile = x.load([first, k]).T
+            elif X_LEFT:
+                x_tile = tl.load(
+                    x + (safe_slot[:, None] * K + k_index[None, :]),
+                    mask=(k_index < K)[None, :] if K % BLOCK_K else None, other=0 if K % BLOCK_K else None,
+                )  # fmt: skip
             else:
                 x_tile = tl.load(
                     x + (safe_slot[None, :] * K + k_index[:, None]),
@@ -165,12 +197,16 @@ def grouped_gemm_kernel(
             else:
                 x_byte = 0
             codes = _weight_tile(
-                weights, expert, n, w_row, k, K, COLUMNS, COLUMN_DIGITS, rows, BLOCK_K, DESCRIPTORS, GROUPS
+                weights, expert, n, w_row, k, K, COLUMNS, COLUMN_DIGITS, rows, BLOCK_K, DESCRIPTORS, GROUPS, X_LEFT
             )  # fmt: skip
-            total = _multiply(codes, byte, x_tile, x_byte, total, SCALED, NATIVE_E4M3, WGMMA)
+            total = _multiply(codes, byte, x_tile, x_byte, total, SCALED, X_LEFT, NATIVE_E4M3, WGMMA)
             if not SCALED:
                 byte = byte_next
 
+        if X_LEFT:
+            total = tl.trans(total)
+            # Written another way than above, for the compiler not to hold it, in yet another layout, during the loop.
+            slot = first - BLOCK_M + tl.arange(BLOCK_M, 2 * BLOCK_M)
         if bias is not None:
             total += tl.load(bias + expert.to(tl.int64) * (halves * N) + weight_row).to(tl.float32)[:, None]
         if topk_weights is not None:
@@ -186,16 +222,22 @@ def grouped_gemm_kernel(
             elif LIMITED:  # comparisons that keep NaN
                 gate = tl.where(gate > limit, limit, gate)
                 up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-            total = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
+            if X_LEFT:  # without the steps that make exp and division exact in their last bits
+                total = libdevice.fast_dividef(gate, 1.0 + libdevice.fast_expf(-alpha * gate)) * (up + beta)
+            else:
+                total = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
 
         column = n + tl.arange(0, BLOCK_N)
         result = tl.trans(total)
+        if WAVES > 1:  # columns in memory's order again
+            result = tl.reshape(result, (BLOCK_M, BLOCK_N // 16 // WAVES, WAVES, 16))
+            result = tl.reshape(tl.permute(result, (0, 2, 1, 3)), (BLOCK_M, BLOCK_N))
         pointers = slot.to(tl.int64)[:, None] * N + column[None, :]
         within = (slot < end)[:, None] & (column < N)[None, :]
         if GATE_UP and MXFP8:
             blocks = tl.reshape(result, (BLOCK_M * BLOCK_N // BLOCK, BLOCK))
             byte = scale_byte(block_amax(blocks), "rceil")
-            code = encode(blocks, byte[:, None])
+            code = encode_natively(blocks, byte[:, None]) if X_LEFT else encode(blocks, byte[:, None])
             if out_scale is not None:
                 block = n // BLOCK + tl.arange(0, BLOCK_N // BLOCK)
                 tl.store(

@@ -1,6 +1,6 @@
 """Kernel launches as data: built from what a call's sizes and dtypes are, compiled before anything runs, kept.
 
-A :class:`Plan` is what serves all calls that differ in memory and values only (``Call.signature``). It is bound to
+A :class:`Plan` is what serves all calls that differ in memory and values only (``Call.kind``). It is bound to
 tensors for Triton's interpreter and for compiling without a GPU; on a GPU it holds compiled kernels and hands them
 addresses, which costs the host a few microseconds a launch instead of Triton's own way of finding the kernel again.
 """
@@ -116,13 +116,15 @@ class _Ready:
     def __init__(self, launch: Launch, kernel: CompiledKernel, memory: dict[str, torch.Tensor]):
         self.kernel, self.grid = kernel, (*launch.grid, 1, 1)[:3]
         self.arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
-        self.slots = []
+        self.pointers, self.described = [], []
         for i, argument in enumerate(self.arguments):
             if isinstance(argument, (Operand, Descriptor)):
-                descriptor = argument if isinstance(argument, Descriptor) else None
-                operand = descriptor.operand if descriptor else argument
+                operand = argument.operand if isinstance(argument, Descriptor) else argument
                 offset = operand.tensor(memory).data_ptr() - memory[operand.source].data_ptr()
-                self.slots.append((i, operand.source, offset, descriptor))
+                if operand is argument:
+                    self.pointers.append((i, operand.source, offset))
+                else:
+                    self.described.append((i, operand.source, offset, argument))
         self.descriptors = {}
 
     def _descriptor(self, i: int, descriptor: Descriptor, address: int) -> TensorDescriptor:
@@ -134,9 +136,10 @@ class _Ready:
 
     def run(self, addresses: dict[str, int], stream: int) -> None:
         arguments = self.arguments.copy()
-        for i, source, offset, descriptor in self.slots:
-            address = addresses[source] + offset
-            arguments[i] = address if descriptor is None else self._descriptor(i, descriptor, address)
+        for i, source, offset in self.pointers:
+            arguments[i] = addresses[source] + offset
+        for i, source, offset, descriptor in self.described:
+            arguments[i] = self._descriptor(i, descriptor, addresses[source] + offset)
         self.kernel[self.grid](*arguments, stream=stream)
 
 

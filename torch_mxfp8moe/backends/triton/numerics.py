@@ -1,7 +1,8 @@
 """The MXFP8 number format inside Triton kernels: scale bytes, codes and values.
 
-All of it is integer arithmetic on the bits of fp32: it gives the same bytes on every GPU, needs no fp8 type (sm_80 has
-none), and does not depend on how a compiler divides or rounds. The definition is :mod:`torch_mxfp8moe.reference`.
+All but ``encode_natively`` is integer arithmetic on the bits of fp32: it gives the same bytes on every GPU, needs no
+fp8 type (sm_80 has none), and does not depend on how a compiler divides or rounds. The definition is
+:mod:`torch_mxfp8moe.reference`.
 """
 
 import triton
@@ -88,6 +89,15 @@ def encode(x, byte):
     code = tl.where(magnitude < (121 << 23), subnormal, tl.minimum(normal, MAX_CODE))
     code |= (bits >> 24) & 0x80
     return tl.where(byte == SCALE_NAN, E4M3_NAN, code)
+
+
+@triton.jit
+def encode_natively(x, byte):
+    """:func:`encode` by the GPU's own conversion, which rounds the same way, -> uint8. byte: of rounding ``rceil``,
+    after which nothing rounds to more than the largest code."""
+    scaled = x * ((254 - byte) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.where(byte == SCALE_NAN, float("nan"), scaled)
+    return scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
 
 
 @triton.jit
