@@ -1208,6 +1208,14 @@ def test_every_tile_of_the_configuration(activation_dtype, rule):
     check_moe(moe_inputs(T=45, H=288, I=160, E=3, K=2), tiles, activation_dtype=activation_dtype, **CLAMPED)
 
 
+@pytest.mark.parametrize("sizes", [dict(H=1280, I=128), dict(H=128, I=1280), dict(H=128, I=1152)])
+@pytest.mark.parametrize("activation_dtype, rule", TILES)
+def test_every_tile_over_many_trips(activation_dtype, rule, sizes):
+    """Loops that run, of each product, from the first byte of each buffer on; with a tail of K where it is 1152."""
+    tiles = configs.load("gfx950", activation_dtype).tiles[rule]
+    check_moe(moe_inputs(T=5, **sizes, E=1, K=1), tiles, activation_dtype=activation_dtype)
+
+
 # --- the checks, each with what it has to catch and the same without the fault
 
 

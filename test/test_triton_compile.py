@@ -26,11 +26,10 @@ if _interpreted():
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 import machine_code  # noqa: E402
-import triton  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
 from torch_mxfp8moe.backends.triton.fused_moe import plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
-from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
+from torch_mxfp8moe.backends.triton.launch import BUFFER_OFFSETS_WRAP, compile_offline  # noqa: E402
 
 ARCHS = tuple(machine_code.SHARED)
 SCOPES = ("few", "usual", "all")
@@ -133,7 +132,7 @@ def test_products(arch, rule, dtype, layout, shape, record_property):
     stack = 0
     if layout == "aiter_gfx950" and not arch.startswith("gfx"):
         stack = 512  # weights in another GPU's layout are served, without the descriptors that the tiles are made for
-    elif (arch, rule, triton.__version__) == ("gfx950", len(configs.load(arch, dtype).tiles) - 1, "3.6.0"):
+    elif rule == len(configs.load(arch, dtype).tiles) - 1 and (arch, BUFFER_OFFSETS_WRAP) == ("gfx950", True):
         stack = 256  # some words outside the loop of a tile of 256 x 256; counted twice, as stack and as spills
     compiled(both, arch, record_property, stack=stack)
 

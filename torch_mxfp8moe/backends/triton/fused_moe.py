@@ -11,7 +11,7 @@ from ...configs import Gemm, Tiles
 from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
-from .launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Operand, Plan
+from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
 from .targets import Target
@@ -137,6 +137,8 @@ class _Part:
         # Through that order and another layout's at once, Triton sees no neighbours and fetches weights byte by byte.
         reorder = self.scaled and call.layout == "row_major"
         groups = min(64 // rows_of_instruction, block_k // BLOCK) if reorder else 1
+        # In the simulator few trips and tails of K are right with buffer loads, and tails are not without (3.6.0).
+        whole = columns % block_k == 0 and columns // block_k > tile.num_stages
         x_left = self.scaled and not self.target.capability
         block_n = tile.block_n
         if x_left and block_n > 64 and n < 2 * block_n and -n % block_n >= block_n // 2:
@@ -165,6 +167,7 @@ class _Part:
                 WAVES=2 if x_left and gate_up and self.tiles.block_m >= 128 else 1,  # as Triton divides such tiles
             ),
             dict(num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.options),
+            buffers=not (BUFFER_OFFSETS_WRAP and whole),
         )  # fmt: skip
 
     def _combine(self) -> Launch:

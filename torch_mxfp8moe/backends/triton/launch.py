@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
+import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -21,6 +23,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .targets import INTERPRETED, Target
 
 WORKSPACE = "workspace"
+BUFFER_OFFSETS_WRAP = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+"""Loops over whole tiles that Triton pipelines begin with a negative offset in a register, and LLVM adds to it by the
+instruction's constant: for a buffer load on AMD GPUs that is a number near 2^32, beyond the buffer, and it loads 0."""
+
 ALIGNMENT = 256
 """Of the pieces of a workspace, in bytes; that of PyTorch's allocations is at least this."""
 
@@ -91,6 +97,8 @@ class Launch:
     """By parameter name: operands and descriptors (or, bound, tensors), numbers and constants."""
     options: dict = field(default_factory=dict)
     """Compiler options: num_warps, num_stages, ..."""
+    buffers: bool = True
+    """Whether loads may be buffer instructions on AMD GPUs."""
 
     def bound(self, memory: dict[str, torch.Tensor]) -> "Launch":
         """The same on tensors."""
@@ -106,8 +114,11 @@ class Launch:
 
     def compiled(self) -> CompiledKernel:
         """The machine code, compiled if it has not been; of a bound launch."""
-        kernel = self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
-        return kernel.result() if hasattr(kernel, "result") else kernel
+        with knobs.amd.scope():
+            if not self.buffers:
+                knobs.amd.use_buffer_ops = False
+            kernel = self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+            return kernel.result() if hasattr(kernel, "result") else kernel
 
 
 class _Ready:
