@@ -4,6 +4,7 @@ configuration compile to. No run, no GPU; what else the code has to be is in tes
 import pytest
 import torch
 
+from helpers import only_cpu
 from shapes import rows
 from torch_mxfp8moe import configs
 from torch_mxfp8moe.arguments import FusedMoe
@@ -19,6 +20,8 @@ from gfx950_simulator.assembly import parse  # noqa: E402
 from gfx950_simulator.hazards import check_wait_states  # noqa: E402
 from gfx950_simulator.machine import Program  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
+
+pytestmark = only_cpu
 
 ROWS = rows()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from helpers import only_cpu
 from torch_mxfp8moe.backends.triton import _interpreted
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -20,6 +21,8 @@ if _interpreted():
 from gfx950_mutants import SUBJECTS, subject  # noqa: E402
 from gfx950_simulator.assembly import AssemblyError  # noqa: E402
 from gfx950_simulator.machine import SimulationError  # noqa: E402
+
+pytestmark = only_cpu
 
 ENOUGH = 40
 """Mutations that have to be there and caught, whatever the version of Triton."""

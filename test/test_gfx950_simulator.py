@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import FLOATS, MODES, assert_agrees, assert_equal, moe_inputs, randn, relative_l2, same_bytes, weights
+from helpers import (
+    FLOATS, MODES, assert_agrees, assert_equal, moe_inputs, only_cpu, randn, relative_l2, same_bytes, weights,
+)  # fmt: skip
 from torch_mxfp8moe import configs, reference
 from torch_mxfp8moe.arguments import Preshuffle
 from torch_mxfp8moe.backends.triton import _interpreted
@@ -23,6 +25,8 @@ from gfx950_kernels import compile_, compile_text, execute, run  # noqa: E402
 from gfx950_simulator import checks, formats, hazards, launch  # noqa: E402
 from gfx950_simulator.assembly import AssemblyError, instruction, operand, parse  # noqa: E402
 from gfx950_simulator.machine import Program, SimulationError  # noqa: E402
+
+pytestmark = only_cpu
 
 M32, M64 = 2**32 - 1, 2**64 - 1
 ONES, FOUR_WAVES = np.ones(64, np.uint32), np.arange(256, dtype=np.uint32)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import oracle
+from helpers import only_cpu
 from torch_mxfp8moe.layouts import AITER_GFX950
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "prove_aiter.py"
@@ -26,6 +27,8 @@ spec = importlib.util.spec_from_file_location("prove_aiter", PROGRAM)
 prove_aiter = importlib.util.module_from_spec(spec)
 sys.modules["prove_aiter"] = prove_aiter  # dataclasses look their module up
 spec.loader.exec_module(prove_aiter)
+
+pytestmark = only_cpu
 
 
 # --- stand-ins against brute force
