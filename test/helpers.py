@@ -1,6 +1,7 @@
 """Sample inputs and checks that the tests share."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,3 +224,20 @@ def run_python(code: str, *args: str, timeout: float = 300, **env: str) -> str:
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+class Capture:
+    """A compiler backend that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, example_inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    def nodes(self) -> str:
+        """The calls of the only graph, in order."""
+        (graph,) = self.graphs
+        calls = [node for node in graph.graph.nodes if node.op.startswith("call")]
+        return "\n".join(f"{node.op} {re.sub(' of type object at .*', '>', str(node.target))}" for node in calls)

@@ -1,7 +1,6 @@
 """The ops in compiled, exported and packaged graphs: one node each, no recompiling per token count, the eager bits."""
 
 import io
-import re
 import shutil
 
 import pytest
@@ -11,7 +10,7 @@ from torch._dynamo.decorators import mark_unbacked
 
 import device
 import torch_mxfp8moe
-from helpers import E8M0, FLOATS, MODES, OPS, aot_inductor_why_not, moe_inputs, randn, run_python, same_bytes
+from helpers import E8M0, FLOATS, MODES, OPS, Capture, aot_inductor_why_not, moe_inputs, randn, run_python, same_bytes
 
 TOKEN_COUNTS = (8, 4, 3, 1, 0, 2)
 
@@ -25,23 +24,6 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class Capture:
-    """A compiler backend that keeps the graphs it is given and runs them as they are."""
-
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, graph, example_inputs):
-        self.graphs.append(graph)
-        return graph.forward
-
-    def nodes(self) -> str:
-        """The calls of the only graph, in order."""
-        (graph,) = self.graphs
-        calls = [node for node in graph.graph.nodes if node.op.startswith("call")]
-        return "\n".join(f"{node.op} {re.sub(' of type object at .*', '>', str(node.target))}" for node in calls)
 
 
 WEIGHTS = {name: x for name, x in moe_inputs(bias_dtype=torch.float32).items() if name.startswith("w")}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import device
 import torch_mxfp8moe
-from helpers import PACKAGE, assert_agrees, assert_equal, error_of, moe_inputs, same_bytes
+from helpers import PACKAGE, Capture, assert_agrees, assert_equal, error_of, moe_inputs, same_bytes
 from ranks import Ranks
 from torch_mxfp8moe import Mxfp8Experts, SharedExpert, distributed, sharding
 
@@ -412,17 +412,6 @@ def test_shards_are_slices_of_the_weights():
 
 
 # --- graphs of a compiler
-
-
-class Capture:
-    """A compiler backend that keeps the graphs it is given and runs them as they are."""
-
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, graph, example_inputs):
-        self.graphs.append(graph)
-        return graph.forward
 
 
 def one_graph(group, device, path):

@@ -16,12 +16,8 @@ import time
 import torch
 
 import torch_mxfp8moe
+from terminal import progress
 from torch_mxfp8moe import extension
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def median_seconds(call, repeat: int = 5, at_least: float = 0.3) -> float:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from shapes import rows  # noqa: E402
+from terminal import progress  # noqa: E402
 from torch_mxfp8moe import distributed, sharding  # noqa: E402
 
 DEFAULT_ROWS = ("Qwen3-30B-A3B TP1", "MiniMax-M3 TP4")
@@ -240,11 +241,6 @@ def model(file: Path, ranks: list[int]) -> None:
                     got = times.get((name, T, n, path))
                     cells.append(f"{n}: {us:.0f} ({of_them:.0f}), {alone / us:.1f}x" + (f" [{got:.0f}]" if got else ""))
                 print(f"    {path:<21} " + "   ".join(f"{cell:<24}" for cell in cells))
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def report(results: list[dict], args) -> None:

@@ -21,17 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from shapes import Row, rows  # noqa: E402
+from terminal import progress  # noqa: E402
 from torch_mxfp8moe.backends.triton import BACKEND  # noqa: E402
 from torch_mxfp8moe.configs import Gemm, Tiles  # noqa: E402
 
 DEFAULT_ROWS = ("MiniMax-M3 TP4", "Qwen3-30B-A3B TP1")
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 KERNELS = ("route", "dispatch", "gemm1", "gemm2", "combine")
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def microseconds(functions: list, repeat: int = 9) -> float:

@@ -18,7 +18,7 @@ from .dispatch import explain_call, known_backend
 from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES
 from .layouts import LAYOUTS, ROW_MAJOR, padded_intermediate
 from .ops import fused_moe, preshuffle, quantize_1x32
-from .sharding import expert_parallel_map, tensor_parallel_range
+from .sharding import check_rank, expert_parallel_map, tensor_parallel_range
 
 GATE_UP_ORDERS = ("concatenated", "interleaved")
 """Rows of w1: all gate rows then all up rows, or gate and up rows in turn, as gpt-oss has them."""
@@ -50,7 +50,7 @@ class SharedExpert:
     swiglu_limit: float | None = None
 
 
-def _halves(w1: Tensor, gate_up_order: str, dim: int = 1) -> Tensor:
+def halves(w1: Tensor, gate_up_order: str, dim: int = 1) -> Tensor:
     """Split ``dim``, the 2I rows of w1 in either order, into (2, I). A view."""
     if gate_up_order == "concatenated":
         return w1.unflatten(dim, (2, -1))
@@ -74,7 +74,7 @@ def _restored(weight: Tensor, scale: Tensor, layout: str, gate_up: bool, interme
     weight, scale = LAYOUTS[layout].restore(weight, scale, gate_up)
     weight = weight.view(torch.uint8)
     if gate_up:
-        weight, scale = (_halves(x, "concatenated")[:, :, :intermediate].flatten(1, 2) for x in (weight, scale))
+        weight, scale = (halves(x, "concatenated")[:, :, :intermediate].flatten(1, 2) for x in (weight, scale))
     else:
         weight, scale = weight[..., :intermediate], scale[..., : intermediate // BLOCK]
     return weight.contiguous().view(E4M3), scale.contiguous()
@@ -150,8 +150,7 @@ class Mxfp8Experts(nn.Module):
         super().__init__()
         device = torch.device(device) if device is not None else torch.get_default_device()
         for name, rank, size in (("tp", tp_rank, tp_size), ("ep", ep_rank, ep_size)):
-            if not 0 <= rank < size:
-                raise ValueError(f"Mxfp8Experts: {name}_rank is {rank}; it takes 0 to {name}_size - 1, {size - 1}")
+            check_rank("Mxfp8Experts", name, rank, size)
         if intermediate_size % BLOCK or intermediate_size <= 0:
             raise ValueError(
                 f"Mxfp8Experts: intermediate_size is {intermediate_size}; it takes a multiple of {BLOCK} above 0"
@@ -337,7 +336,7 @@ class Mxfp8Experts(nn.Module):
         """w1_bias [E, 2I], padded for one layout -> padded for another."""
         inner = self.local_intermediate_size
         extra = self._shape(layout, True)[1] // 2 - inner
-        return F.pad(_halves(w1_bias, "concatenated")[..., :inner], (0, extra)).flatten(1)
+        return F.pad(halves(w1_bias, "concatenated")[..., :inner], (0, extra)).flatten(1)
 
     def row_major(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """w1 [E, 2I, H], w1_scale, w2 [E, H, I], w2_scale in checkpoint order, without padding.
@@ -532,7 +531,7 @@ class Mxfp8Experts(nn.Module):
         if kind != "bias" and tensor.itemsize == 1:
             tensor = tensor.view(torch.uint8)
         if gate_up:
-            return _halves(tensor, gate_up_order)[:, :, first:last]
+            return halves(tensor, gate_up_order)[:, :, first:last]
         return tensor if kind == "bias" else tensor[..., first // block : last // block]
 
     def _write_weight(self, name: str, data: Tensor, scale: Tensor | None, rows, slots, scale_rounding, new_on) -> None:

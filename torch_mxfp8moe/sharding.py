@@ -8,7 +8,8 @@ import torch
 from .formats import BLOCK
 
 
-def _check_rank(function: str, name: str, rank: int, size: int) -> None:
+def check_rank(function: str, name: str, rank: int, size: int) -> None:
+    """Raises ValueError unless there is such a rank; ``name`` of its arguments: ``tp`` or ``ep``."""
     if not 0 <= rank < size:
         raise ValueError(f"{function}: {name}_rank is {rank}; it takes 0 to {name}_size - 1, {size - 1}")
 
@@ -19,7 +20,7 @@ def expert_parallel_range(num_experts: int, ep_rank: int, ep_size: int) -> tuple
     Raises:
         ValueError: there is no such rank, or there are fewer experts than ranks.
     """
-    _check_rank("expert_parallel_map", "ep", ep_rank, ep_size)
+    check_rank("expert_parallel_map", "ep", ep_rank, ep_size)
     if ep_size > num_experts:
         raise ValueError(f"expert_parallel_map: ep_size is {ep_size}; it takes at most {num_experts}, one expert each")
     fewest, more = num_experts // ep_size, num_experts % ep_size
@@ -61,7 +62,7 @@ def tensor_parallel_range(intermediate_size: int, tp_rank: int, tp_size: int) ->
     Raises:
         ValueError: there is no such rank, or fewer blocks than ranks, or no whole number of them.
     """
-    _check_rank("tensor_parallel_range", "tp", tp_rank, tp_size)
+    check_rank("tensor_parallel_range", "tp", tp_rank, tp_size)
     blocks, rest = intermediate_size // BLOCK, intermediate_size % BLOCK
     of = f"an intermediate size of {intermediate_size}"
     if rest:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..experts import GATE_UP_ORDERS, Mxfp8Experts
+from ..experts import E4M3, GATE_UP_ORDERS, Mxfp8Experts, halves
 from ..formats import BLOCK, SCALE_DTYPES
 from ..ops import fused_moe, quantize_1x32
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATION = "mxfp8moe"
 """For ``set_experts_implementation`` and ``from_pretrained(experts_implementation=...)``."""
-
-E4M3 = torch.float8_e4m3fn
 
 
 def _order(experts: nn.Module) -> str:
@@ -151,11 +149,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """
     alpha, beta, limit = _options(self)
     tensors = _weights(self)
+    if not self.is_concatenated:
+        for name in ("w1", "w1_scale", "w1_bias"):
+            if name in tensors:
+                tensors[name] = halves(tensors[name], _order(self)).flatten(1, 2)
     if "w1_scale" not in tensors:
-        if not self.is_concatenated:
-            for name in ("w1", "w1_bias"):
-                if name in tensors:
-                    tensors[name] = tensors[name].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
         for name in ("w1", "w2"):
             tensors[name], tensors[f"{name}_scale"] = quantize_1x32(tensors[name].contiguous())
     return fused_moe(
