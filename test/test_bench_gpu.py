@@ -157,6 +157,44 @@ def test_quartiles():
     assert timing.Time.of([7.0]) == timing.Time(7.0, 7.0, 7.0)
 
 
+def test_peers_take_turns_and_slow_ones_fewer(monkeypatch):
+    """Each after a flush that is not in its time; the graphs of a peer rotate; 5 rounds at least."""
+    now, order = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Graph:
+        def __init__(self, name, ms):
+            self.name, self.ms = name, ms
+
+        def replay(self):
+            order.append(self.name)
+            now[0] += self.ms
+
+    def flush():
+        order.append("flush")
+        now[0] += 1000
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    graphs = {"fast": [Graph("a", 1.0), Graph("b", 2.0)], "slow": [Graph("c", 90.0)]}
+    times = timing.sample(graphs, 8, flush, most_us=200_000)
+    assert times == {"fast": timing.Time(1500, 1000, 2000), "slow": timing.Time(90_000, 90_000, 90_000)}
+    assert set(order[::2]) == {"flush"}
+    assert "".join(order[1::2]) == "acbc" + "acbcacbcac" + "bab"  # two to warm up; then eight and five
+
+
 @pytest.mark.parametrize("row", (SMALL, PARTS), ids=lambda row: row.name)
 def test_the_layer_around_grouped_mm(row):
     from bench.peers import GroupedMm
