@@ -1,0 +1,105 @@
+"""Kernels compiled in many processes at once, into Triton's cache, where the process with the GPU finds them.
+
+Each compilation has a process of its own, forked from one that has imported everything: a compiler that crashes, or
+does not end, costs one candidate.
+"""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+
+from . import tuning
+from .peers import label
+
+SECONDS = 180.0
+"""After which a compilation is given up."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A product of a call, to be compiled; what it takes to make the call anew without tensors."""
+
+    row: str
+    tokens: tuple[int, ...]
+    """The calls' numbers of tokens; most likely they need the same kernel."""
+    activations: str
+    arch: str
+    gemm: str
+    """gemm1 or gemm2."""
+    rule: str
+    gemm1: str
+    gemm2: str
+    """Keys of ``tuning``."""
+
+    def launches(self) -> list:
+        """Those of the product, bound, on tensors without memory."""
+        from shapes import rows
+        from torch_mxfp8moe.backends.triton.fused_moe import plan
+        from torch_mxfp8moe.backends.triton.targets import Target
+
+        tiles = tuning.tiles_of(*map(json.loads, (self.rule, self.gemm1, self.gemm2)))
+        weights = rows()[self.row].weights("meta")
+        result = []
+        for T in self.tokens:
+            call = rows()[self.row].call(T, "meta", weights, activation_dtype=self.activations).with_out()
+            made = plan(call, Target(self.arch), tiles)
+            bound = made.bind(call.inputs | {"out": call.out}, call.device)
+            result += [one for free, one in zip(made.launches, bound) if reads(free, self.gemm)]
+        return result
+
+
+def reads(launch, gemm: str) -> bool:
+    """Whether a plan's launch is of the product ``gemm``: whether it reads that product's weights."""
+    return {"gemm1": "w1", "gemm2": "w2"}[gemm] in label(launch).split()
+
+
+def _work(task: Task, pipe) -> None:
+    from torch_mxfp8moe.backends.triton.launch import compile_offline
+    from torch_mxfp8moe.backends.triton.targets import Target
+
+    try:
+        compile_offline(task.launches(), Target(task.arch))
+        pipe.send("")
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}"[:500])
+
+
+def compile_all(tasks: Iterable[Task], jobs: int, seconds: float = SECONDS) -> Iterator[tuple[Task, str]]:
+    """Yields each task as it is done, and why it failed ("" if it did not)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "triton", "shapes", "bench.compiling"])
+    waiting, running = list(tasks)[::-1], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                task = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(task, sender), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = task, process, time.monotonic() + seconds
+            first = min(end for *_, end in running.values())
+            ready = wait(list(running), timeout=max(0.0, first - time.monotonic()))
+            late = [r for r, (*_, end) in running.items() if r not in ready and time.monotonic() >= end]
+            for receiver in (*ready, *late):
+                task, process, _ = running.pop(receiver)
+                if receiver in late:
+                    process.kill()
+                    said = f"did not end in {seconds:.0f} s"
+                else:
+                    try:
+                        said = receiver.recv()
+                    except EOFError:
+                        process.join()
+                        said = f"the compiler ended with exit status {process.exitcode}"
+                process.join()
+                receiver.close()
+                yield task, said
+    finally:
+        for receiver, (_, process, _) in running.items():
+            process.kill()
+            process.join()
+            receiver.close()

@@ -1,0 +1,385 @@
+#!/usr/bin/env python
+"""Choose the tiles of the Triton kernels for this GPU and write torch_mxfp8moe/configs/triton/<arch>.json.
+
+For every row of test/shapes.csv that is asked for and every token count, for each block_m that may suit it, each of the
+two products of a layer is tuned by itself: from the configured tile, and from what is good for other points, one field
+is changed at a time as long as that helps. Candidates are compiled in many processes before they are timed. Before a
+time is believed every element of the layer's output is compared with the reference op's, and the bytes of several runs
+with one another, from memory that was filled with NaN: there are tiles that are fast and wrong.
+
+Every result goes at once to a file of JSON lines (--journal). A second run picks it up, where the GPU, Triton and the
+kernels' source are the same; a candidate that crashed the process or hung is not tried again, and the run goes on. At
+the end, or when --minutes are over, the winners are reduced to as few rules as stay within --within percent of the best
+of each point: default rules for all shapes, and rules of a shape's own where those cost it more.
+
+--write measures nothing: it makes the file from a journal, and needs no GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
+
+import torch_mxfp8moe  # noqa: E402
+from bench import timing, tuning  # noqa: E402
+from bench.compiling import Task, compile_all, reads  # noqa: E402
+from bench.tuning import GEMMS, Journal, Json, Point, Result, Search, Trial, key  # noqa: E402
+from shapes import Row, rows  # noqa: E402
+from terminal import progress  # noqa: E402
+from torch_mxfp8moe import configs  # noqa: E402
+
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
+RUNS = 5
+"""Of each candidate that is compared."""
+
+HANG = 60.0
+"""Seconds after which a candidate is taken to hang."""
+
+RESTART = 75
+"""Exit status of a worker that has to be started again: a candidate hung, or left the GPU unusable."""
+
+UNTIL = "MXFP8MOE_TUNE_UNTIL"
+"""Set for workers: the time when they end."""
+
+PARTNER: Json = {"block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
+"""The tile of the product that is not being tuned."""
+
+ROW_ERROR, ELEMENT_ERROR = 1e-2, 0.05
+"""Largest relative L2 of a token, and largest error of an element over the root mean square of its token, of a right
+tile: the output's bf16 makes 2 to 4e-3 of the first, and a wrong 64 columns of a tile's K some 4e-2."""
+
+
+def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
+    """Of several runs' outputs [T, H] and the fp32 reference: "" if nothing is."""
+    first = outs[0]
+    for i, out in enumerate(outs[1:], 2):
+        different = (out.view(torch.uint8) != first.view(torch.uint8)).view(*out.shape, -1).any(-1)
+        if different.any():
+            return f"run {i} differs from the first in {int(different.sum())} of {out.numel()} elements"
+    error = (first.float() - want).abs()
+    size = want.norm(dim=1, keepdim=True)
+    bad = ~(error <= ELEMENT_ERROR / want.shape[1] ** 0.5 * size + want.abs() * 2**-6)  # NaN is bad
+    if bad.any():
+        return f"{int(bad.sum())} of {bad.numel()} elements are wrong"
+    worst = float((error.norm(dim=1) / size.squeeze(1).clamp(min=1e-30)).max())
+    return f"a token is {worst:.1e} from the reference" if worst > ROW_ERROR else ""
+
+
+class Measured:
+    """The calls of one point on this GPU, and what they must give."""
+
+    def __init__(self, row: Row, weights: dict, T: int, activations: str):
+        count = 16 if T <= 64 else 4 if T <= 1024 else 2
+        options = dict(activation_dtype=activations)
+        self.calls = [row.call(T, weights=weights, **options).with_out() for _ in range(count)]
+        call = self.calls[0]
+        self.want = torch_mxfp8moe.reference.fused_moe(**call.inputs, **row.options, **options, out_dtype=torch.float32)
+
+    def measure(self, gemm: str, rule: Json, tile: Json, target, slow: float) -> Result:
+        """A time of the product ``gemm`` with ``tile``. Above ``slow`` microseconds it is not checked."""
+        from torch_mxfp8moe.backends.triton.fused_moe import plan
+        from torch_mxfp8moe.backends.triton.launch import WORKSPACE
+
+        gemms = {name: tile if name == gemm else PARTNER for name in GEMMS}
+        made = plan(self.calls[0], target, tuning.tiles_of(rule, **gemms))
+        bound, workspaces = [], []
+        for call in self.calls:
+            workspaces.append(torch.empty(made.workspace, dtype=torch.uint8, device=call.device))
+            memory = call.inputs | {"out": call.out, WORKSPACE: workspaces[-1]}
+            bound.append([launch.bound(memory) for launch in made.launches])
+        for launches in bound:
+            for launch in launches:
+                launch.run()
+        ours = [[one for free, one in zip(made.launches, launches) if reads(free, gemm)] for launches in bound]
+        functions = [lambda own=own: [launch.run() for launch in own] for own in ours]
+        us = timing.in_one_graph(functions, 3)
+        if us > slow:
+            return Result("slow", us)
+        outs = []
+        for _ in range(RUNS):
+            workspaces[0].fill_(255)
+            self.calls[0].out.fill_(torch.nan)
+            for launch in bound[0]:
+                launch.run()
+            outs.append(self.calls[0].out.clone())
+        wrong = what_is_wrong(outs, self.want)
+        return Result("wrong", us, wrong) if wrong else Result("ok", timing.in_one_graph(functions, 9))
+
+
+class Tuner:
+    """One row at a time: its searches, in rounds; a round's candidates are compiled together, then measured."""
+
+    def __init__(self, args, journal: Journal, target, until: float):
+        self.args, self.journal, self.target, self.until = args, journal, target, until
+        self.space = tuning.space_of(target.arch, args.space)
+
+    def searches(self, row: Row) -> list[Search]:
+        shape = (row.hidden, row.intermediate, row.experts, row.topk)
+        result = []
+        for T in self.args.tokens:
+            point = Point(row.name, shape, T)
+            sizes = dict(zip(tuning.SIZES, shape))
+            now = configs.choose(self.target.arch, self.args.activations, tokens=T, **sizes)
+            rules = tuning.rules_to_try(point, self.space["rule"])
+            rules = [json.loads(one) for one in dict.fromkeys(map(key, [tuning.rule_json(now), *rules]))]
+            for rule in rules:
+                for gemm in GEMMS:
+                    start = tuning.gemm_json(getattr(now, gemm))
+                    result.append(Search(point, gemm, rule, start, self.space[gemm]))
+        return result
+
+    def seeds(self, search: Search, others: list[Search], most: int) -> list[Json]:
+        """The best tiles of the nearest other points, for the same product under the same rule."""
+        alike = [o for o in others if (o.gemm, o.rule) == (search.gemm, search.rule) and o is not search and o.best]
+        alike.sort(key=lambda o: abs(o.point.rows - search.point.rows) / (o.point.rows + search.point.rows))
+        return [o.best[0] for o in alike[:most]]
+
+    def tune(self, row: Row, searches: list[Search], known: list[Search], until: float, descend: bool = True) -> None:
+        """Goes on with ``searches`` until ``until``. ``known``: those of other rows, whose best tiles are tried too;
+        without ``descend`` nothing else is."""
+        points, weights = {}, None
+        for number in range(1, 1000):
+            todo, remembered = self.batch(searches, known, descend)
+            if not todo and not remembered:
+                break
+            count, done = sum(map(len, todo.values())), 0
+            if todo and weights is None:
+                progress(f"weights of {row.name}")
+                weights = row.weights()
+            for task, failed in compile_all(todo, self.args.jobs):
+                for search, tile in todo[task]:
+                    done += 1
+                    T, where = search.point.T, f"{row.name}, round {number}, {done} of {count}"
+                    progress(f"{where}: T={T} {search.gemm} {key(tile)}")
+                    if time.time() > until:
+                        return
+                    if failed:
+                        result = Result("failed", note=failed)
+                        self.journal.finish(search.trial(tile), result)
+                    else:
+                        if T not in points:
+                            points[T] = Measured(row, weights, T, self.args.activations)
+                        result = self.attempt(search.trial(tile), points[T], search, tile)
+                    search.times[key(tile)] = result.usable
+                    if result.status == "wrong":
+                        progress("")
+                        print(f"wrong: {row.name} T={T} {search.gemm} {key(search.rule)} {key(tile)}: {result.note}")
+
+    def batch(self, searches: list[Search], known: list[Search], descend: bool):
+        """What to compile, and for each what to measure of it; and whether the journal knew some of what was wanted."""
+        wanted, remembered = [], False
+        for search in searches:
+            seeds = self.seeds(search, [*searches, *known], 3 if descend else 12)
+            wanted += [(i, search, tile) for i, tile in enumerate(search.propose(seeds, descend))]
+        wanted.sort(key=lambda one: one[0])  # each search's first ones first: time may be short
+        todo: dict[tuple, list[tuple[Search, Json]]] = {}
+        for _, search, tile in wanted:
+            result = self.journal.results.get(search.trial(tile))
+            if result is not None:
+                search.times[key(tile)] = result.usable
+                remembered = True
+            else:
+                todo.setdefault((search.gemm, key(search.rule), key(tile)), []).append((search, tile))
+        return {self.task(own): own for own in todo.values()}, remembered
+
+    def task(self, own: list[tuple[Search, Json]]) -> Task:
+        search, tile = own[0]
+        gemms = {name: key(tile if name == search.gemm else PARTNER) for name in GEMMS}
+        tokens = tuple(search.point.T for search, _ in own)
+        options = dict(activations=self.args.activations, arch=self.target.arch, gemm=search.gemm)
+        return Task(search.point.row, tokens, **options, rule=key(search.rule), **gemms)
+
+    def attempt(self, trial: Trial, point: Measured, search: Search, tile: Json) -> Result:
+        """Measures; ends the process if the candidate hangs or leaves the GPU unusable."""
+        slow = 1.25 * search.best[1] if search.best else float("inf")
+        self.journal.begin(trial)
+        watch = threading.Timer(HANG, os._exit, (RESTART,))
+        watch.start()
+        try:
+            result = point.measure(search.gemm, search.rule, tile, self.target, slow)
+        except Exception as error:
+            result = Result("failed", note=f"{type(error).__name__}: {error}"[:500])
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                self.journal.finish(trial, Result("crashed", note=result.note))
+                os._exit(RESTART)
+        finally:
+            watch.cancel()
+        self.journal.finish(trial, result)
+        return result
+
+
+def row_table(name: str, searches: list[Search]) -> str:
+    """What the tiles that are configured and the best ones take of each point, microseconds of both products."""
+    lines = [f"\n{name}: both products, us", f"{'T':>6} {'configured':>11} {'best':>9}  tile"]
+    for T in dict.fromkeys(search.point.T for search in searches):
+        own = [search for search in searches if search.point.T == T]
+        now = [search.times.get(key(search.start)) for search in own if search.rule == own[0].rule]
+        before = f"{sum(now):>11.1f}" if len(now) == len(GEMMS) and None not in now else f"{'-':>11}"
+        pairs = {}
+        for search in own:
+            if search.best:
+                pairs.setdefault(key(search.rule), []).append(search)
+        sums = {rule: sum(s.best[1] for s in pair) for rule, pair in pairs.items() if len(pair) == len(GEMMS)}
+        if not sums:
+            lines.append(f"{T:>6} {before} {'-':>9}")
+            continue
+        rule = min(sums, key=sums.get)
+        tile = " ".join([rule, *(key(search.best[0]) for search in pairs[rule])])
+        lines.append(f"{T:>6} {before} {sums[rule]:>9.1f}  {tile}")
+    return "\n".join(lines)
+
+
+def write(args, journal: Journal) -> None:
+    """The tile file from the results."""
+    old = json.loads(args.out.read_text()) if args.out.exists() else None
+    table = tuning.Table(journal.results)
+    if not any(table.best(point) for point in table.times):
+        sys.exit(f"nothing to write: {args.journal} has no usable result")
+    missing = set(rows()) - {point.row for point in table.times}
+    keep = bool(missing) and old is not None if args.default is None else args.default == "keep"
+    if keep and old is None:
+        sys.exit(f"--default keep: there is no {args.out}")
+    data = tuning.file_of(table, args.within / 100, old, keep)
+    configs.parse(args.out.name, data)
+    args.out.write_text(tuning.dump(data))
+    counts: dict[str, int] = {}
+    for result in journal.results.values():
+        counts[result.status] = counts.get(result.status, 0) + 1
+    kept = "kept" if keep else "new"
+    print(
+        f"\n{args.out}: {len(data['tiles'])} default rules ({kept}), {len(data.get('shapes', []))} shapes of their own"
+    )
+    print("results: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+    worst = 1.0
+    shapes = {tuple(shape[name] for name in tuning.SIZES): shape["tiles"] for shape in data.get("shapes", [])}
+    for point in table.times:
+        cost = table.over_best(point, tuning.chosen(shapes.get(point.shape, data["tiles"]), point))
+        worst = max(worst, cost or 1.0)
+        if cost is None or cost > 1 + args.within / 100:
+            print(f"{point.row} T={point.T}: its rule {'was not measured' if cost is None else f'takes {cost:.3f}'}")
+    print(f"the products take {worst:.3f} of the best tiles' time at the most")
+
+
+def work(args) -> int:
+    """Tunes on this GPU, until all is done or the time is over."""
+    import triton
+
+    from torch_mxfp8moe.backends import triton as backend
+
+    torch.manual_seed(0)
+    stamp = stamp_of(args, triton.__version__, Path(backend.__file__).parent)
+    journal = Journal(args.journal, stamp)
+    if journal.other:
+        print(f"{args.journal}: {journal.other} lines are of another GPU, compiler or source and are passed over")
+    until = float(os.environ[UNTIL])
+    tuner = Tuner(args, journal, backend.BACKEND.target(torch.device("cuda", 0)), until)
+    searches = {name: tuner.searches(rows()[name]) for name in args.rows}
+    start, left = time.time(), until - time.time()
+    with torch.inference_mode():
+        # Then what turned out good elsewhere is tried everywhere, for rules to share, in the last fifth of the time.
+        for descend, end in ((True, start + 0.8 * left), (False, until)):
+            for i, name in enumerate(args.rows):
+                share = (end - time.time()) / (len(args.rows) - i)
+                if share <= 0:
+                    continue
+                known = [search for other in args.rows if other != name for search in searches[other]]
+                tuner.tune(rows()[name], searches[name], known, time.time() + share, descend)
+                progress("")
+                if descend:
+                    print(row_table(name, searches[name]), flush=True)
+    write(args, journal)
+    return 0
+
+
+def stamp_of(args, triton_version: str, folder: Path) -> Json:
+    return dict(
+        gpu=torch.cuda.get_device_name(), triton=triton_version, activations=args.activations,
+        source=tuning.source_hash(folder),
+    )  # fmt: skip
+
+
+def supervise(args, run: Callable[[dict], int]) -> int:
+    """Runs workers, one after another, for as long as each leaves something behind."""
+    env = os.environ | {UNTIL: str(time.time() + 60 * args.minutes)}
+    size = -1
+    while True:
+        status = run(env)
+        now = args.journal.stat().st_size if args.journal.exists() else 0
+        if status == RESTART or status < 0:
+            if now == size:
+                print(f"two workers in turn ended with {status} and no result", file=sys.stderr)
+                return 1
+            size = now
+            continue
+        return status
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(rows()), choices=list(rows()), metavar="ROW",
+                        help="rows of test/shapes.csv (default all): " + ", ".join(rows()))  # fmt: skip
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="token counts")
+    parser.add_argument("--activations", default="mxfp8", choices=("mxfp8", "bf16"),
+                        help="activation_dtype of the calls; bf16 has a file of its own (default mxfp8)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=600, help="after which it writes what it has (default 600)")
+    parser.add_argument("--within", type=float, default=2.0, metavar="PERCENT",
+                        help="what rules may cost over the best tile of each point (default 2)")  # fmt: skip
+    parser.add_argument("--journal", type=Path, default=Path("tune_gpu.jsonl"), metavar="FILE",
+                        help="results, read and appended to (default %(default)s)")  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the tile file (default: the package's, for this GPU)")
+    parser.add_argument("--default", choices=("keep", "replace"),
+                        help="what becomes of the file's rules for all shapes (without it: they are replaced if every "
+                        "row of test/shapes.csv was tuned)")  # fmt: skip
+    parser.add_argument("--space", type=json.loads, metavar="JSON",
+                        help="values to try in the place of the program's, by field: "
+                        '{"rule": {"block_m": [16]}, "gemm": {"num_stages": [3, 4]}, "gemm1": {...}}')  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default: one a core)")
+    parser.add_argument("--write", action="store_true", help="only make the file, --out, from the journal")
+    args = parser.parse_args(argv)
+    if any(T < 1 for T in args.tokens):
+        parser.error(f"--tokens takes numbers from 1 on, not {min(args.tokens)}")
+    if not 0 < args.within < 100:
+        parser.error(f"--within is {args.within:g}; it takes more than 0 and less than 100 percent")
+    try:
+        tuning.space_of("sm_90", args.space)
+    except (ValueError, TypeError) as error:
+        parser.error(f"--space: {error}")
+    if args.write and args.out is None:
+        parser.error("--write needs --out")
+    if args.write and not args.journal.exists():
+        parser.error(f"--write: there is no journal {args.journal}")
+    args.tokens = sorted(set(args.tokens))
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.write:
+        write(args, Journal(args.journal, None))
+        return 0
+    if not torch.cuda.is_available():
+        sys.exit("nothing to tune for: there is no GPU that PyTorch can use")
+    if UNTIL not in os.environ:
+        return supervise(args, lambda env: subprocess.call([sys.executable, *sys.argv], env=env))
+    if args.out is None:
+        from torch_mxfp8moe.backends.triton import BACKEND
+
+        arch = BACKEND.target(torch.device("cuda", 0)).arch
+        name = arch if args.activations == "mxfp8" else f"{arch}-{args.activations}"
+        args.out = configs.FOLDER / "triton" / f"{name}.json"
+    return work(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
