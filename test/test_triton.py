@@ -288,6 +288,23 @@ def test_compiling_offline_leaves_the_driver_as_it_was(kernels):
 
 
 @needs_triton
+@pytest.mark.parametrize("buffers", (True, False))
+def test_a_launch_that_triton_makes_itself_is_compiled_in_the_same_way(buffers):
+    """Tools time single launches so; without buffer loads where they would read zeros (``BUFFER_OFFSETS_WRAP``)."""
+    from triton import knobs
+
+    from torch_mxfp8moe.backends.triton.launch import Launch
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda: seen.append(knobs.amd.use_buffer_ops)
+
+    before, seen = knobs.amd.use_buffer_ops, []
+    Launch(Kernel(), (1,), {}, buffers=buffers).run()
+    assert seen == [before and buffers] and knobs.amd.use_buffer_ops == before
+
+
+@needs_triton
 @pytest.mark.parametrize("arch", ("sm_90", "gfx950"))
 def test_the_host_reads_no_data(monkeypatch, arch):
     """Everything that the host does in a call, the first and the later ones, on tensors without memory: whatever would

@@ -108,15 +108,22 @@ class Launch:
         }
         return replace(self, arguments=arguments)
 
-    def run(self) -> None:
-        """Launch it the way Triton does, once bound."""
-        self.kernel[self.grid](**self.arguments, **self.options)
-
-    def compiled(self) -> CompiledKernel:
-        """The machine code, compiled if it has not been; of a bound launch."""
+    @contextmanager
+    def _knobs(self):
+        """Triton's settings that it is compiled with."""
         with knobs.amd.scope():
             if not self.buffers:
                 knobs.amd.use_buffer_ops = False
+            yield
+
+    def run(self) -> None:
+        """Launch it the way Triton does, once bound."""
+        with self._knobs():
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+    def compiled(self) -> CompiledKernel:
+        """The machine code, compiled if it has not been; of a bound launch."""
+        with self._knobs():
             kernel = self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
             return kernel.result() if hasattr(kernel, "result") else kernel
 
