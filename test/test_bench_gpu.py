@@ -406,6 +406,33 @@ def on_the_cpu(monkeypatch, *argv: str, humming=None):
     return bench_gpu.Bench(bench_gpu.parse(list(argv)))
 
 
+@needs_triton
+def test_ours_in_the_interpreter():
+    """Both modes, another layout, steps by the plan, and the error of each against its own reference."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(TOOLS)!r})
+import pytest, torch
+from test_bench_gpu import HOST, SMALL, STEP, WHOLE, bench_gpu, dataclasses, on_the_cpu
+
+row = dataclasses.replace(SMALL, hidden=256, intermediate=128, experts=3, local=3)
+with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+    bench = on_the_cpu(patch, "--tokens", "3")
+    patch.setattr(bench_gpu.timing, "calls_of", lambda T: 1)
+    bench.args.peers = ["mxfp8", "bf16@aiter_gfx950"]
+    bench.row(row)
+for f in bench.figures:
+    own, other = (f.error_mxfp8, f.error_bf16) if f.peer.startswith("mxfp8") else (f.error_bf16, f.error_mxfp8)
+    assert f.part != WHOLE or own < 5e-3 < other, f
+steps = [f.part.removeprefix(STEP) for f in bench.figures if f.peer == "bf16@aiter_gfx950" and f.part.startswith(STEP)]
+print([f.peer for f in bench.figures if f.part == WHOLE], steps, [f.peer for f in bench.figures if f.part == HOST])
+"""
+    said = run_python(code, TRITON_INTERPRET="1").splitlines()[-1]
+    peers = ["mxfp8", "bf16@aiter_gfx950"]
+    steps = ["route", "dispatch", "grouped_gemm w1", "grouped_gemm w2", "combine"]
+    assert said == f"{peers} {steps} ['mxfp8']"
+
+
 class Broken(bench_gpu.Peer):
     activations = "bf16"
 

@@ -135,8 +135,7 @@ class Bench:
 
     def point(self, row: Row, weights: dict, peers: dict[str, Peer], routing: str, T: int) -> None:
         where = f"{row.name}, {routing}, T={T}"
-        count = 16 if T <= 64 else 4 if T <= 1024 else 2
-        tokens = [row.tokens(T, routing) for _ in range(count)]
+        tokens = [row.tokens(T, routing) for _ in range(timing.calls_of(T))]
         works = [work(row, one, weights.get("expert_map")) for one in tokens]
         least, operations = floor(row, works, T, self.ceilings)
 

@@ -32,10 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 import torch_mxfp8moe  # noqa: E402
 from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all, reads  # noqa: E402
+from bench.peers import in_layout  # noqa: E402
 from bench.tuning import GEMMS, Journal, Json, Point, Result, Search, Trial, key  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
+from torch_mxfp8moe.layouts import LAYOUTS  # noqa: E402
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 8192)
 RUNS = 5
@@ -77,10 +79,9 @@ def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
 class Measured:
     """The calls of one point on this GPU, and what they must give."""
 
-    def __init__(self, row: Row, weights: dict, T: int, activations: str):
-        count = 16 if T <= 64 else 4 if T <= 1024 else 2
-        options = dict(activation_dtype=activations)
-        self.calls = [row.call(T, weights=weights, **options).with_out() for _ in range(count)]
+    def __init__(self, row: Row, weights: dict, T: int, activations: str, layout: str = "row_major"):
+        options = dict(activation_dtype=activations, layout=layout)
+        self.calls = [row.call(T, weights=weights, **options).with_out() for _ in range(timing.calls_of(T))]
         call = self.calls[0]
         self.want = torch_mxfp8moe.reference.fused_moe(**call.inputs, **row.options, **options, out_dtype=torch.float32)
 
@@ -154,7 +155,7 @@ class Tuner:
             count, done = sum(map(len, todo.values())), 0
             if todo and weights is None:
                 progress(f"weights of {row.name}")
-                weights = row.weights()
+                weights = in_layout(row.weights(), self.args.layout)
             for task, failed in compile_all(todo, self.args.jobs):
                 for search, tile in todo[task]:
                     done += 1
@@ -167,7 +168,7 @@ class Tuner:
                         self.journal.finish(search.trial(tile), result)
                     else:
                         if T not in points:
-                            points[T] = Measured(row, weights, T, self.args.activations)
+                            points[T] = Measured(row, weights, T, self.args.activations, self.args.layout)
                         result = self.attempt(search.trial(tile), points[T], search, tile)
                     search.times[key(tile)] = result.usable
                     if result.status == "wrong":
@@ -195,7 +196,8 @@ class Tuner:
         search, tile = own[0]
         gemms = {name: key(tile if name == search.gemm else PARTNER) for name in GEMMS}
         tokens = tuple(search.point.T for search, _ in own)
-        options = dict(activations=self.args.activations, arch=self.target.arch, gemm=search.gemm)
+        options = dict(activations=self.args.activations, layout=self.args.layout, arch=self.target.arch)
+        options |= dict(gemm=search.gemm)
         return Task(search.point.row, tokens, **options, rule=key(search.rule), **gemms)
 
     def attempt(self, trial: Trial, point: Measured, search: Search, tile: Json) -> Result:
@@ -304,7 +306,7 @@ def work(args) -> int:
 
 def stamp_of(args, triton_version: str, folder: Path) -> Json:
     return dict(
-        gpu=torch.cuda.get_device_name(), triton=triton_version, activations=args.activations,
+        gpu=torch.cuda.get_device_name(), triton=triton_version, activations=args.activations, layout=args.layout,
         source=tuning.source_hash(folder),
     )  # fmt: skip
 
@@ -332,6 +334,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="token counts")
     parser.add_argument("--activations", default="mxfp8", choices=("mxfp8", "bf16"),
                         help="activation_dtype of the calls; bf16 has a file of its own (default mxfp8)")  # fmt: skip
+    parser.add_argument("--layout", default="row_major", choices=list(LAYOUTS), help="of the weights")
     parser.add_argument("--minutes", type=float, default=600, help="after which it writes what it has (default 600)")
     parser.add_argument("--within", type=float, default=2.0, metavar="PERCENT",
                         help="what rules may cost over the best tile of each point (default 2)")  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 
 from . import tuning
-from .peers import label
+from .peers import in_layout, label
 
 SECONDS = 180.0
 """After which a compilation is given up."""
@@ -33,6 +33,7 @@ class Task:
     gemm1: str
     gemm2: str
     """Keys of ``tuning``."""
+    layout: str = "row_major"
 
     def launches(self) -> list:
         """Those of the product, bound, on tensors without memory."""
@@ -41,10 +42,11 @@ class Task:
         from torch_mxfp8moe.backends.triton.targets import Target
 
         tiles = tuning.tiles_of(*map(json.loads, (self.rule, self.gemm1, self.gemm2)))
-        weights = rows()[self.row].weights("meta")
+        weights = in_layout(rows()[self.row].weights("meta"), self.layout)
+        options = dict(activation_dtype=self.activations, layout=self.layout)
         result = []
         for T in self.tokens:
-            call = rows()[self.row].call(T, "meta", weights, activation_dtype=self.activations).with_out()
+            call = rows()[self.row].call(T, "meta", weights, **options).with_out()
             made = plan(call, Target(self.arch), tiles)
             bound = made.bind(call.inputs | {"out": call.out}, call.device)
             result += [one for free, one in zip(made.launches, bound) if reads(free, self.gemm)]

@@ -64,16 +64,22 @@ class Peer:
         raise NotImplementedError
 
 
+def in_layout(weights: dict, layout: str) -> dict:
+    """What shapes.Row.weights gives, in another layout."""
+    if layout == "row_major":
+        return weights
+    weights = dict(weights)
+    for name, gate_up in (("w1", True), ("w2", False)):
+        pair = name, f"{name}_scale"
+        weights |= zip(pair, torch_mxfp8moe.preshuffle(*map(weights.get, pair), layout=layout, gate_up=gate_up))
+    return weights
+
+
 class Ours(Peer):
     """The plan of the Triton backend."""
 
     def __init__(self, row, weights: dict, activations: str = "mxfp8", layout: str = "row_major"):
-        if layout != "row_major":
-            weights = dict(weights)
-            for name, gate_up in (("w1", True), ("w2", False)):
-                pair = name, f"{name}_scale"
-                weights |= zip(pair, torch_mxfp8moe.preshuffle(*map(weights.get, pair), layout=layout, gate_up=gate_up))
-        super().__init__(row, weights)
+        super().__init__(row, in_layout(weights, layout))
         self.activations, self.layout = activations, layout
 
     def plan(self, call: FusedMoe, target):
