@@ -6,9 +6,12 @@ does not end, costs one candidate.
 
 import json
 import multiprocessing
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
 from . import tuning
@@ -69,10 +72,28 @@ def _work(task: Task, pipe) -> None:
         pipe.send(f"{type(error).__name__}: {error}"[:500])
 
 
+PRELOADED = ("__main__", "bench.preloaded")
+
+
+def _context():
+    """Processes are forked from one that has imported all that a compilation needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # until 3.12 it imports nothing from this process's path
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
 def compile_all(tasks: Iterable[Task], jobs: int, seconds: float = SECONDS) -> Iterator[tuple[Task, str]]:
     """Yields each task as it is done, and why it failed ("" if it did not)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "triton", "shapes", "bench.compiling"])
+    context = _context()
     waiting, running = list(tasks)[::-1], {}
     try:
         while waiting or running:

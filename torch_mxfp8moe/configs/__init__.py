@@ -12,7 +12,7 @@ that is another matrix instruction::
 Of the rules of a shape, or those of ``tiles`` if the shape is not listed, the first one serves a call whose
 tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
 null there and serves the rest. The choice depends on shapes only, never on where tokens are routed. Keys that GEMM has
-beyond those shown are handed to Triton's compiler as options.
+beyond those shown are handed to Triton's compiler as options. ``tools/tune_gpu.py`` writes these files.
 """
 
 import json
