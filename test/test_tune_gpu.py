@@ -348,6 +348,27 @@ finally:
     assert Journal(tmp_path / "j.jsonl", {"gpu": "X"}).results == {trial(): Result("crashed", note="did not come back")}
 
 
+def test_a_whole_run(tuner, monkeypatch, tmp_path, capsys):
+    """All that a worker does, on a pretended GPU: two rows, both turns, the tables and the file."""
+    from torch_mxfp8moe.backends import triton as backend
+
+    out, names = tmp_path / "sm_90.json", ["Qwen3-30B-A3B TP1", "GLM-5 TP4"]
+    one, *_ = tuner("--rows", *names, "--out", str(out))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(backend.BACKEND, "target", lambda device: Target("sm_90"))
+    monkeypatch.setenv(tune_gpu.UNTIL, str(time.time() + 100))
+    assert tune_gpu.work(one.args) == 0
+    said = capsys.readouterr().out
+    for name in names:
+        assert f"{name}: both products, us" in said
+    config = configs.parse("file", json.loads(out.read_text()))
+    assert config.shapes == {} and all(tiles.gemm1.num_stages == 2 and tiles.block_m == 16 for tiles in config.tiles)
+    assert "the products take 1.0" in said and "was not measured" not in said
+    Fake.measured.clear()
+    assert tune_gpu.work(one.args) == 0 and not Fake.measured
+    assert configs.parse("file", json.loads(out.read_text())) == config
+
+
 def test_workers_follow_one_another(tmp_path):
     args = tune_gpu.parse(["--journal", str(tmp_path / "j.jsonl"), "--minutes", "5"])
 
@@ -527,20 +548,34 @@ def test_what_a_right_output_may_differ_by():
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda out: out.__setitem__((5, 7), torch.nan), "1 of 32768 elements are wrong"),
-        (lambda out: out.__setitem__((5, slice(0, 16)), 0), "elements are wrong"),
-        (lambda out: out.__setitem__((3, 0), 1e-3), "1 of 32768 elements are wrong"),
-        (lambda out: out[9].mul_(1.015), "a token is 1.5e-02 from the reference"),
-        (lambda out: out[9].add_(0.03), "a token is 3.0e-02 from the reference"),
+        (lambda out: out.__setitem__((5, 7), torch.nan), "by up to inf"),
+        (lambda out: out.__setitem__((5, slice(0, 16)), 0), "by up to 1."),
+        (lambda out: out.__setitem__((5, 7), out[5, 7] + 0.2), "by up to 9."),
+        (lambda out: out.__setitem__((3, 0), 1e-3), "by up to 1.0e+27"),
+        (lambda out: out[9].mul_(1.015), "by up to 1.5e-02"),
+        (lambda out: out[9].add_(0.03), "by up to 3.0e-02"),
     ],
-    ids=("nan", "a hole", "not zero", "scaled", "shifted"),
+    ids=("nan", "a hole", "an element", "not zero", "scaled", "shifted"),
 )
 def test_what_is_seen(spoil, message):
     want = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     want[3] = 0
     out = want.bfloat16()
     spoil(out)
-    assert message in tune_gpu.what_is_wrong([out, out], want)
+    said = tune_gpu.what_is_wrong([out, out], want)
+    assert said.startswith("1 of 64 tokens are off, ") and message in said
+
+
+def test_few_tokens_of_many_may_be_rounded_the_other_way():
+    want = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+
+    def said(count, error):
+        out = want.clone()
+        out[:count] *= 1 + error
+        return tune_gpu.what_is_wrong([out.bfloat16()] * 2, want)
+
+    assert said(2, 0.05) == "" and said(3, 0.05).startswith("3 of 2000 tokens are off, by up to 5.")
+    assert said(1, 0.2).startswith("1 of 2000 tokens are off, by up to 2.0e-01")
 
 
 def test_measuring_looks_at_what_the_kernels_wrote():

@@ -55,9 +55,14 @@ UNTIL = "MXFP8MOE_TUNE_UNTIL"
 PARTNER: Json = {"block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
 """The tile of the product that is not being tuned."""
 
-ROW_ERROR, ELEMENT_ERROR = 1e-2, 0.05
+TOKEN_ERROR, ELEMENT_ERROR = 1e-2, 0.05
 """Largest relative L2 of a token, and largest error of an element over the root mean square of its token, of a right
 tile: the output's bf16 makes 2 to 4e-3 of the first, and a wrong 64 columns of a tile's K some 4e-2."""
+
+FLIPS, GROSS = 1e-3, 0.1
+"""Share of tokens that may be further off, by up to GROSS: sums in another order round a value between the products to
+its other neighbour in MXFP8 now and then, which is much to a token if the value is large. Tiles that are wrong in some
+runs only are found by comparing runs, which allows nothing."""
 
 
 def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
@@ -67,13 +72,15 @@ def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
         different = (out.view(torch.uint8) != first.view(torch.uint8)).view(*out.shape, -1).any(-1)
         if different.any():
             return f"run {i} differs from the first in {int(different.sum())} of {out.numel()} elements"
-    error = (first.float() - want).abs()
-    size = want.norm(dim=1, keepdim=True)
-    bad = ~(error <= ELEMENT_ERROR / want.shape[1] ** 0.5 * size + want.abs() * 2**-6)  # NaN is bad
-    if bad.any():
-        return f"{int(bad.sum())} of {bad.numel()} elements are wrong"
-    worst = float((error.norm(dim=1) / size.squeeze(1).clamp(min=1e-30)).max())
-    return f"a token is {worst:.1e} from the reference" if worst > ROW_ERROR else ""
+    error, size = (first.float() - want).abs(), want.norm(dim=1)
+    bound = ELEMENT_ERROR / want.shape[1] ** 0.5 * size[:, None] + want.abs() * 2**-6
+    far = (error > bound).any(1)
+    of_token = error.norm(dim=1) / size.clamp(min=1e-30)
+    off = far | ~(of_token <= TOKEN_ERROR)  # NaN is off
+    if off.sum() > int(FLIPS * len(want)) or not bool((of_token <= GROSS).all()):
+        worst = float(of_token.nan_to_num(torch.inf).max())
+        return f"{int(off.sum())} of {len(want)} tokens are off, by up to {worst:.1e}"
+    return ""
 
 
 class Measured:
@@ -173,7 +180,10 @@ class Tuner:
                     search.times[key(tile)] = result.usable
                     if result.status == "wrong":
                         progress("")
-                        print(f"wrong: {row.name} T={T} {search.gemm} {key(search.rule)} {key(tile)}: {result.note}")
+                        print(
+                            f"wrong: {row.name} T={T} {search.gemm} {key(search.rule)} {key(tile)}: {result.note}",
+                            flush=True,
+                        )
 
     def batch(self, searches: list[Search], known: list[Search], descend: bool):
         """What to compile, and for each what to measure of it; and whether the journal knew some of what was wanted."""
