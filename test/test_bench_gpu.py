@@ -11,6 +11,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
+import device
 from helpers import PACKAGE, only_cpu, relative_l2, run_python
 from shapes import Row, rows
 
@@ -26,6 +27,8 @@ from bench.report import HOST, STEP, WHOLE, Comparison, Figure  # noqa: E402
 pytestmark = only_cpu
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+WHY_NOT = device.why_not("interpreter")
+needs_interpreter = pytest.mark.skipif(WHY_NOT is not None, reason=f"needs Triton's interpreter: {WHY_NOT}")
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib: pip install matplotlib"
 )
@@ -298,7 +301,7 @@ print("right")
 """
 
 
-@needs_triton
+@needs_interpreter
 def test_the_kernels_around_humming_and_how_it_is_called():
     path = f"import sys; sys.path[:0] = [{str(TOOLS)!r}]\n"
     assert run_python(path + HUMMING, TRITON_INTERPRET="1") == "right\n"
@@ -406,7 +409,7 @@ def on_the_cpu(monkeypatch, *argv: str, humming=None):
     return bench_gpu.Bench(bench_gpu.parse(list(argv)))
 
 
-@needs_triton
+@needs_interpreter
 def test_ours_in_the_interpreter():
     """Both modes, another layout, steps by the plan, and the error of each against its own reference."""
     code = f"""

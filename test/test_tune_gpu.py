@@ -1,7 +1,6 @@
 """tools/tune_gpu.py as far as it goes without a GPU: the search, what is remembered, what is written, what is wrong."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import device
 from helpers import PACKAGE, only_cpu, run_python
 from shapes import rows
 from torch_mxfp8moe import configs
@@ -578,6 +578,9 @@ def test_few_tokens_of_many_may_be_rounded_the_other_way():
     assert said(1, 0.2).startswith("1 of 2000 tokens are off, by up to 2.0e-01")
 
 
+@pytest.mark.skipif(
+    device.why_not("interpreter") is not None, reason=f"needs Triton's interpreter: {device.why_not('interpreter')}"
+)
 def test_measuring_looks_at_what_the_kernels_wrote():
     """In Triton's interpreter: a tile is right; a launch that is left out after the first run is seen, though what an
     earlier run had written was right."""
@@ -644,7 +647,6 @@ def cache(tmp_path_factory):
         yield folder
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_compiling_in_processes(cache):
     """What fails there says so and costs nobody else anything; what does not is found in the cache."""
     from torch_mxfp8moe.backends.triton.launch import compile_offline
