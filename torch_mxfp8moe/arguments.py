@@ -8,7 +8,7 @@ What calls of one kind have in common is found once (:class:`Kind`): the host wo
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from operator import attrgetter
 
@@ -105,6 +105,18 @@ class Call:
         names = cls.__annotations__
         tensors = [name for name, type_ in names.items() if "Tensor" in str(type_)]
         cls._tensors, cls._options = _getter(tensors), _getter([name for name in names if name not in tensors])
+
+    def __repr__(self) -> str:
+        """Tensors by what is checked of them; their values would fill screens."""
+
+        def text(value: object) -> str:
+            if not isinstance(value, torch.Tensor):
+                return repr(value)
+            lies = f"strides {list(value.stride())}" if value.layout is torch.strided else value.layout
+            return f"{_name(value.dtype)} {list(value.shape)} {lies} on {value.device}"
+
+        values = (f"{field.name}={text(getattr(self, field.name))}" for field in fields(self))
+        return f"{type(self).__name__}({', '.join(values)})"
 
     def check(self, writes_out: bool = False):
         """Raises unless the call is valid; returns it. ``writes_out``: of a call to an op's ``.out`` form."""
@@ -235,7 +247,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return True
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Quantize(Call):
     """``quantize_1x32``: x [..., C]."""
 
@@ -261,7 +273,7 @@ class Quantize(Call):
         return (*lead, columns // BLOCK)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Dequantize(Call):
     """``dequantize_1x32``: data [..., C], scale [..., C/32]."""
 
@@ -289,7 +301,7 @@ class Dequantize(Call):
         self._same_device("data", data=self.data, scale=self.scale)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Preshuffle(Call):
     """``preshuffle``: weight [E, R, C] and scale [E, R, C/32] in checkpoint order (see ``layouts`` for E, R, C)."""
 
@@ -366,7 +378,7 @@ class Preshuffle(Call):
         super()._check_memory()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FusedMoe(Call):
     """``fused_moe``; see ``ops.fused_moe`` for what each argument is."""
 

@@ -317,6 +317,7 @@ def warmup(tokens: Iterable[int], *args, **kwargs) -> None:
         What the call raises, and ValueError for a negative token count.
     """
     call = FusedMoe(*args, **kwargs).check()
+    arguments = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
     for count in tokens:
         if count < 0:
             raise ValueError(f"warmup: tokens has {count}; it takes counts of 0 or more")
@@ -331,6 +332,7 @@ def warmup(tokens: Iterable[int], *args, **kwargs) -> None:
             replaced["topk_ids"] = (routes % call.global_experts).to(call.topk_ids.dtype)
             if call.out is not None:
                 replaced["out"] = torch.empty((count, call.hidden), dtype=call.out.dtype, device=call.device)
-            dispatch.fused_moe(dataclasses.replace(call, **replaced).check_once(writes_out=call.out is not None))
+            # The op, not its Python kernel: on the CPU PyTorch's dispatcher has another kernel for it.
+            fused_moe(**arguments | replaced)
     if call.device.type == "cuda":
         torch.cuda.synchronize(call.device)
