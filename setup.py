@@ -95,12 +95,14 @@ setup(
             "torchao==0.18.*",
             "transformers>=5.20",
             "torch-abi-audit; python_version >= '3.11'",
+            "ruff==0.17.*",  # what these two find changes from version to version
+            "pyrefly==1.4.*",
             *TRITON,
         ]
     },
     entry_points={"vllm.general_plugins": ["torch_mxfp8moe = torch_mxfp8moe.integrations.vllm:register"]},
     packages=find_packages(include=["torch_mxfp8moe*"]),
-    package_data={"torch_mxfp8moe": ["configs/triton/*.json"]},
+    package_data={"torch_mxfp8moe": ["configs/triton/*.json", "py.typed", "_C.pyi"]},
     ext_modules=[] if MODE == "skip" else [extension()],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

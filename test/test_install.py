@@ -40,6 +40,8 @@ def test_without_a_compiler_it_installs_says_so_and_runs_on_the_reference(tmp_pa
     done = install(tmp_path, MXFP8MOE_EXTENSION="auto", **NO_COMPILER)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "THE C++ EXTENSION WAS NOT BUILT" in done.stdout + done.stderr
+    installed = tmp_path / "site" / "torch_mxfp8moe"
+    assert (installed / "py.typed").exists() and (installed / "configs" / "triton" / "default.json").exists()
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]  # an editable install here
