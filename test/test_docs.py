@@ -1,0 +1,100 @@
+"""The pages in docs/: their code runs as it stands, and what they show is what the programs print."""
+
+import linecache
+
+import pytest
+import torch
+
+import device
+from helpers import only_cpu, run_python
+from pages import ROOT, blocks
+from torch_mxfp8moe import extension
+
+DOCS = ROOT / "docs"
+
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+
+
+def run(page: str) -> dict:
+    """Every Python block of a page, in order, in one namespace, which is returned."""
+    names = {"__name__": page}
+    for number, code in enumerate(blocks(DOCS / page)):
+        file = f"{page}, block {number + 1}"
+        linecache.cache[file] = len(code), None, code.splitlines(keepends=True), file  # for tracebacks
+        exec(compile(code, file, "exec"), names)
+    return names
+
+
+@pytest.mark.skipif(device.NAME == "interpreter", reason="the page is about a GPU's graphs or a CPU's kernels")
+def test_serving(capsys):
+    names = run("serving.md")
+    assert "served by" in capsys.readouterr().out
+    graphs = {step.graph is not None for step in names["steps"].values()}
+    assert graphs == {torch.cuda.is_available()}
+    step = names["steps"][32]
+    assert step.num_tokens.item() == 20 and not step.out[20:].any() and step.out[:20].any(1).all()
+
+
+DENSE = """
+import sys
+from pathlib import Path
+
+import torch
+
+import torch_mxfp8moe
+from helpers import OPS, assert_agrees, error_of, moe_inputs, same_bytes
+from torch_mxfp8moe import backends, reference
+
+package = sys.modules["torch_mxfp8moe.backends"]
+package.__path__.append(sys.argv[1])
+assert list(backends()).index("triton") < list(backends()).index("dense") < list(backends()).index("reference")
+options = dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=7.0)
+cases = {
+    "plain": (moe_inputs(T=3), {}),
+    "no tokens": (moe_inputs(T=0), {}),
+    "fp32, bf16 activations": (moe_inputs(T=9, dtype=torch.float32), dict(activation_dtype="bf16")),
+    "MXFP8, biases": (moe_inputs(T=9, scaled=True, bias_dtype=torch.bfloat16), options),
+    "hostile": (moe_inputs(T=9, G=7, id_dtype=torch.int64), dict(out_dtype=torch.float32)),
+}
+hostile = cases["hostile"][0]
+hostile["topk_ids"][::2, 0] = torch.tensor([-1, 2**32 + 3, 7, 2**63 - 1, -(2**63)])
+hostile["expert_map"] = torch.tensor([-1, 3, 0, 2, -1, 1, 9], dtype=torch.int32)
+hostile["num_tokens"] = torch.tensor([8], dtype=torch.int32)
+for name, (inputs, more) in cases.items():
+    got = OPS.fused_moe(**inputs, **more, backend="dense")
+    assert_agrees(got, reference.fused_moe(**inputs, **more))
+    assert same_bytes(got, OPS.fused_moe(**inputs, **more, backend="dense"))
+inputs = moe_inputs(T=4)
+inputs["topk_ids"][:] = torch.tensor([0, 1], dtype=torch.int32)
+want = OPS.fused_moe(**inputs, backend="dense")
+inputs["w1_scale"][3] = 255  # an expert that nobody asks
+assert same_bytes(OPS.fused_moe(**inputs, backend="dense"), want)
+print(torch_mxfp8moe.explain(**moe_inputs(T=3), backend="dense"))
+for wrong in (dict(layout="aiter_gfx950"), dict(apply_router_weight_on_input=True), {}):
+    T, K = (1025, 2) if not wrong else (3, 1)
+    sizes = dict(H=256, I=128) if "layout" in wrong else {}
+    inputs = moe_inputs(T=T, K=K, **sizes)
+    if "layout" in wrong:
+        for w, gate_up in (("w1", True), ("w2", False)):
+            pair = inputs[w], inputs[w + "_scale"]
+            inputs[w], inputs[w + "_scale"] = OPS.preshuffle(*pair, gate_up=gate_up, **wrong)
+    print(error_of(lambda: OPS.fused_moe(**inputs, **wrong, backend="dense")))
+"""
+
+
+@only_cpu
+def test_writing_a_backend(tmp_path):
+    """The page's backend, put where the registry looks, in a fresh interpreter."""
+    page = DOCS / "writing_a_backend.md"
+    (module,), (shown,) = blocks(page), blocks(page, "text")
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "__init__.py").write_text(module)
+    printed = run_python(DENSE, str(tmp_path))
+    if extension.MODULE is not None and torch.version.cuda is torch.version.hip is None:
+        assert printed.startswith(shown)
+    refused = "fused_moe: backend 'dense' does not serve this call: "
+    assert printed.splitlines()[-3:] == [
+        f"{refused}it reads weights in layout 'row_major', not 'aiter_gfx950'",
+        f"{refused}it applies routing weights to the result only",
+        f"{refused}1025 tokens for 4 experts are 4100 pairs; it takes 4096",
+    ]
