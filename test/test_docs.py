@@ -1,12 +1,14 @@
 """The pages in docs/: their code runs as it stands, and what they show is what the programs print."""
 
 import linecache
+import sys
 
 import pytest
 import torch
 
 import device
-from helpers import only_cpu, run_python
+import torch_mxfp8moe as mx
+from helpers import TOLERANCE, only_cpu, run_python
 from pages import ROOT, blocks
 from torch_mxfp8moe import extension
 
@@ -98,3 +100,40 @@ def test_writing_a_backend(tmp_path):
         f"{refused}it applies routing weights to the result only",
         f"{refused}1025 tokens for 4 experts are 4100 pairs; it takes 4096",
     ]
+
+
+def test_numerics(capsys):
+    """The example prints what the page says, and a call differs from the reference as little as it promises."""
+    names = run("numerics.md")
+    (shown,) = blocks(DOCS / "numerics.md", "text")
+    printed = capsys.readouterr().out
+    assert printed.startswith(shown)
+    distance = (names["got"] - names["want"]).norm() / names["want"].norm()
+    assert distance <= TOLERANCE[torch.float32]
+    assert 0.04 < float(printed.split()[-1]) < 0.052
+
+
+@only_cpu
+def test_the_table_of_roundings():
+    """What the page says of the weights is measured again; perplexities on a part of the text, within 1 %."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import measure_rounding as program
+
+    folder = ROOT / "tools" / "demo" / "weights" / "bf16"
+    page = (DOCS / "numerics.md").read_text()
+    table = page[page.index("| weights | activations") :].split("\n\n")[0].splitlines()
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    measured = program.rows(folder, None)
+    assert [cells(line)[:5] for line in table] == [cells(line) for line in measured]
+    text = (ROOT / "tools" / "demo" / "heldout.txt").read_bytes()[:6000].decode("utf-8", "ignore")
+    ids = torch.tensor(program.Tokenizer.load(folder / "tokenizer.json").encode(text))
+    for line in (*program.rows(folder, ids)[2:], *table[2:]):
+        assert 99 < float(cells(line)[6].removesuffix(" %")) < 101, line
+    moved = same = 0
+    for blocks_ in program.weights(program.checkpoint.load_model(folder)):
+        rceil, ceil = (mx.dequantize_1x32(*mx.quantize_1x32(blocks_, mode)) for mode in ("rceil", "ceil"))
+        moved, same = moved + (rceil != ceil).sum().item(), same + (rceil == ceil).sum().item()
+    assert f"{moved / (moved + same):.3%}".replace("%", " %") in page
