@@ -1,6 +1,7 @@
 """The pages in docs/: their code runs as it stands, and what they show is what the programs print."""
 
 import linecache
+import re
 import sys
 
 import pytest
@@ -15,6 +16,31 @@ from torch_mxfp8moe import extension
 DOCS = ROOT / "docs"
 
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+
+
+@only_cpu
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Files are there, headings too; and the README leads to every page, itself or through another."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            file, _, heading = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            if heading:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+
+
+@only_cpu
+def test_every_page_is_reached_from_the_readme():
+    reached, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        reached.add(page)
+        links = re.findall(r"\]\(([\w./]+\.md)", page.read_text())
+        todo += {(page.parent / link).resolve() for link in links} - reached
+    assert {path.resolve() for path in DOCS.glob("*.md")} <= reached
 
 
 def run(page: str) -> dict:
@@ -137,3 +163,40 @@ def test_the_table_of_roundings():
         rceil, ceil = (mx.dequantize_1x32(*mx.quantize_1x32(blocks_, mode)) for mode in ("rceil", "ceil"))
         moved, same = moved + (rceil != ceil).sum().item(), same + (rceil == ceil).sum().item()
     assert f"{moved / (moved + same):.3%}".replace("%", " %") in page
+
+
+def test_layouts():
+    run("layouts.md")
+
+
+@only_cpu
+def test_the_drawing_of_the_layout(tmp_path):
+    """It is what the program draws; and its numbers are right by the op, and by aiter's closed form for scales."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import draw_layouts as program
+
+    assert (DOCS / "layouts.svg").read_text() == program.svg(), "run python tools/draw_layouts.py"
+    w1, w2, w1_scale, w2_scale = (panel.places() for panel in program.panels())
+    for places in (w1, w2, w1_scale, w2_scale):
+        assert sorted(places.flatten().tolist()) == list(range(512))
+    for row in range(64):
+        for column in range(8):
+            k, group, within = column // 4, column % 4, row % 16
+            assert w2[row, column] == row // 16 * 128 + k * 64 + group * 16 + within
+            half, tile = row // 32, row % 32 // 16
+            assert w1[row, column] == (2 * tile + half) * 128 + k * 64 + group * 16 + within
+            scale = lambda x: x // 32 * 256 + column % 4 * 64 + x % 16 * 4 + column // 4 * 2 + x % 32 // 16
+            assert w2_scale[row, column] == scale(row)
+            assert w1_scale[row, column] == scale((2 * tile + half) * 16 + within)
+    # The corner of a real weight: what preshuffle makes of one whose bytes are their cell's number.
+    H, I = 256, 128  # noqa: E741
+    cells = torch.arange(H * I // 16, dtype=torch.int32)
+    ids = torch.stack([cells % 120, cells // 120], -1).to(torch.uint8).repeat(1, 8).view(1, H, I)
+    there, _ = mx.preshuffle(
+        ids.view(torch.float8_e4m3fn), torch.zeros(1, H, I // 32, dtype=torch.uint8), layout="aiter_gfx950",
+        gate_up=False,
+    )  # fmt: skip
+    there = there.view(torch.uint8).view(-1, 16)[:, :2].int()
+    order = there[:, 0] + 120 * there[:, 1]
+    for row in range(64):
+        assert torch.equal(order[w2[row]], torch.arange(8, dtype=torch.int32) + 8 * row)
