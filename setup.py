@@ -80,10 +80,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
-    # None for aiter: AMD's comes from its sources. The package index's "aiter" is another project, and its "amd-aiter"
-    # predates MXFP8 (docs/aiter.md).
     extras_require={
         "checkpoint": ["safetensors"],
+        # As aiter v0.1.20 pins it. aiter itself comes from its sources: the package index's "aiter" is another project,
+        # and its "amd-aiter" predates MXFP8 (docs/install.md).
+        "rocm": ["flydsl==0.3.1; sys_platform == 'linux'"],
         "transformers": ["transformers>=5.20"],
         "test": [
             "pytest",
