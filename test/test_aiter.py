@@ -1249,7 +1249,7 @@ def test_the_program_measures_the_host():
 
 @pytest.mark.skipif(not (PACKAGE.parent / "setup.py").exists(), reason="needs the source tree")
 def test_no_extra_installs_the_wrong_aiter():
-    """Neither name of the package index is AMD's aiter with MXFP8, and none may come to be declared; flydsl is, pinned."""
+    """Neither name of the package index is AMD's aiter with MXFP8: none may come to be declared. flydsl is, pinned."""
     declared = {}
     with pytest.MonkeyPatch.context() as patch:
         import setuptools

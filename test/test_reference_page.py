@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from helpers import HERE, only_cpu
+from helpers import only_cpu
+from pages import ROOT
 
-ROOT = HERE.parent
 PAGE = ROOT / "docs" / "api.md"
 
 pytestmark = [only_cpu, pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")]

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PACKAGE, only_cpu
-
-ROOT = Path(__file__).resolve().parent.parent
+from pages import ROOT
 
 pytestmark = [only_cpu, pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs the source tree")]
 

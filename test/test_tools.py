@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from helpers import HERE, only_cpu
+from pages import ROOT
 
-TOOLS = HERE.parent / "tools"
+TOOLS = ROOT / "tools"
 PROGRAMS = sorted(path for path in TOOLS.rglob("*.py") if "__main__" in path.read_text())
 
 pytestmark = [only_cpu, pytest.mark.skipif(not TOOLS.exists(), reason="needs the source tree")]
