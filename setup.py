@@ -80,10 +80,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=["torch>=2.11"],
-    # None for aiter: AMD's comes from its sources. The package index's "aiter" is another project, and its "amd-aiter"
-    # predates MXFP8 (docs/aiter.md).
     extras_require={
         "checkpoint": ["safetensors"],
+        # As aiter v0.1.20 pins it. aiter itself comes from its sources: the package index's "aiter" is another project,
+        # and its "amd-aiter" predates MXFP8 (docs/install.md).
+        "rocm": ["flydsl==0.3.1; sys_platform == 'linux'"],
         "transformers": ["transformers>=5.20"],
         "test": [
             "pytest",
@@ -95,12 +96,14 @@ setup(
             "torchao==0.18.*",
             "transformers>=5.20",
             "torch-abi-audit; python_version >= '3.11'",
+            "ruff==0.17.*",  # what these two find changes from version to version
+            "pyrefly==1.4.*",
             *TRITON,
         ]
     },
     entry_points={"vllm.general_plugins": ["torch_mxfp8moe = torch_mxfp8moe.integrations.vllm:register"]},
     packages=find_packages(include=["torch_mxfp8moe*"]),
-    package_data={"torch_mxfp8moe": ["configs/triton/*.json"]},
+    package_data={"torch_mxfp8moe": ["configs/triton/*.json", "py.typed", "_C.pyi"]},
     ext_modules=[] if MODE == "skip" else [extension()],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

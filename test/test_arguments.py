@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,6 +39,16 @@ def test_numbers_stand_for_descriptions(lists):
     descriptions = [arguments._described(tensors) for tensors in lists]
     for i, number in enumerate(numbers):
         assert [number == other for other in numbers] == [descriptions[i] == other for other in descriptions]
+
+
+@only_cpu
+def test_a_call_prints_what_is_checked_of_its_tensors():
+    call = Preshuffle(torch.zeros(1, 64, 32).to(E4M3).mT, torch.eye(2).to_sparse(), "row_major", True)
+    assert_expected_inline(
+        str(call),
+        """\
+Preshuffle(weight=float8_e4m3fn [1, 32, 64] strides [2048, 1, 32] on cpu, scale=float32 [2, 2] torch.sparse_coo on cpu, layout='row_major', gate_up=True, pad_to=1, out_weight=None, out_scale=None)""",  # noqa: E501
+    )
 
 
 @built

@@ -45,22 +45,26 @@ def test_checkpoint_has_the_published_form():
 
 
 def test_checkpoint_is_the_bf16_one_quantised(tmp_path):
+    """Bit for bit, config.json included."""
     convert.convert(WEIGHTS / "bf16", tmp_path)
     stored, made = checkpoint.read_tensors(WEIGHTS / "mxfp8"), checkpoint.read_tensors(tmp_path / "mxfp8")
     assert stored.keys() == made.keys()
     assert all(torch.equal(stored[k].view(torch.uint8), made[k].view(torch.uint8)) for k in stored)
+    for kind in ("bf16", "mxfp8"):
+        assert (tmp_path / kind / "config.json").read_text() == (WEIGHTS / kind / "config.json").read_text()
     original, copy = checkpoint.read_tensors(WEIGHTS / "bf16"), checkpoint.read_tensors(tmp_path / "bf16")
     assert original.keys() == copy.keys() and all(torch.equal(original[k], copy[k]) for k in original)
 
 
-def test_w1_is_gate_and_w3_is_up():
-    cfg, _ = checkpoint.read_config(WEIGHTS / "mxfp8")
-    tensors = checkpoint.read_tensors(WEIGHTS / "mxfp8")
-    w1, w2 = checkpoint.stacked(tensors, 1, cfg)
+@pytest.mark.parametrize("kind", ("bf16", "mxfp8"))
+def test_w1_is_gate_and_w3_is_up(kind):
+    cfg, _ = checkpoint.read_config(WEIGHTS / kind)
+    tensors = checkpoint.read_tensors(WEIGHTS / kind)
+    experts = checkpoint.load_model(WEIGHTS / kind).layers[1].block_sparse_moe.experts
     name = "model.layers.1.block_sparse_moe.experts.5"
-    assert torch.equal(w1[5, : cfg.intermediate_size].float(), tensors[f"{name}.w1.weight"].float())
-    assert torch.equal(w1[5, cfg.intermediate_size :].float(), tensors[f"{name}.w3.weight"].float())
-    assert torch.equal(w2[5].float(), tensors[f"{name}.w2.weight"].float())
+    assert torch.equal(experts.w1[5, : cfg.intermediate_size].float(), tensors[f"{name}.w1.weight"].float())
+    assert torch.equal(experts.w1[5, cfg.intermediate_size :].float(), tensors[f"{name}.w3.weight"].float())
+    assert torch.equal(experts.w2[5].float(), tensors[f"{name}.w2.weight"].float())
 
 
 def test_incomplete_checkpoint_is_an_error(tmp_path):
@@ -68,10 +72,10 @@ def test_incomplete_checkpoint_is_an_error(tmp_path):
         checkpoint.load_model(tmp_path)
     cfg, _ = checkpoint.read_config(WEIGHTS / "mxfp8")
     tensors = checkpoint.read_tensors(WEIGHTS / "mxfp8")
-    checkpoint.write_config(tmp_path, cfg, checkpoint.QUANTIZATION)
+    checkpoint.write_config(tmp_path, cfg, quantised=True)
     gone = "model.layers.2.block_sparse_moe.experts.3.w2.weight_scale_inv"
     checkpoint.write_tensors(tmp_path, {k: v for k, v in tensors.items() if k != gone})
-    with pytest.raises(ValueError, match=f"no tensor {gone}"):
+    with pytest.raises(ValueError, match=f"tensor {gone} is missing; expected U8"):
         checkpoint.load_model(tmp_path)
 
 

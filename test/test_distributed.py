@@ -500,6 +500,12 @@ def wrong_calls(group, device):
         "max_tokens": lambda: gather(**call, max_tokens=3),
         "shared": lambda: gather(**call, num_shared_experts=6),
         "shared below 0": lambda: distributed.fused_moe_ep_allreduce(**call, num_shared_experts=-1),
+        "no map": lambda: gather(**call | dict(expert_map=None)),
+        "no map, compiled": lambda: torch.compile(gather, backend="eager")(**call | dict(expert_map=None)),
+        "no map, shared": lambda: exchange(
+            **call | dict(expert_map=None), expert_owner=owner, num_shared_experts=1
+        ),
+        "no map, allreduce": lambda: distributed.fused_moe_ep_allreduce(**call | dict(expert_map=None)),
         "quantize": lambda: gather(**call, quantize_dispatch=True, activation_dtype="bf16"),
         "owner": lambda: exchange(**call, expert_owner=owner[:5]),
         "owner's dtype": lambda: exchange(**call, expert_owner=owner.float()),
@@ -525,6 +531,10 @@ group: group is a str; it takes a torch.distributed.ProcessGroup that this proce
 max_tokens: max_tokens is 3; it takes 4 or more, T of this rank
 shared: num_shared_experts is 6; it takes 0 to 5, fewer than the ids of expert_map
 shared below 0: num_shared_experts is -1; it takes 0 to 5, fewer than the ids of expert_map
+no map: expert_map is None; it takes a tensor, int32 [G]
+no map, compiled: expert_map is None; it takes a tensor, int32 [G]
+no map, shared: expert_map is None; it takes a tensor, int32 [G]
+no map, allreduce: expert_map is None; it takes a tensor, int32 [G]
 quantize: quantize_dispatch is True with bf16 activations; it takes activation_dtype 'mxfp8'
 owner: expert_owner has shape [5]; it takes [6], the ids of expert_map that are no shared experts
 owner's dtype: expert_owner has dtype float32; it takes int32 or int64

@@ -158,10 +158,11 @@ def test_every_option_reaches_the_op():
     assert same_bytes(got, fused_moe(**mxfp8, **weights, **options, out_dtype=torch.float32))
 
 
-def test_its_arguments_are_those_of_explain_and_warmup():
+@pytest.mark.parametrize("backend", (BACKEND, "reference"))
+def test_its_arguments_are_those_of_explain_and_warmup(backend):
     weights, tokens = layer()
-    arguments = Mxfp8Experts.from_weights(**weights, backend="reference").arguments(**tokens)
-    assert torch_mxfp8moe.explain(**arguments).backend == "reference"
+    arguments = Mxfp8Experts.from_weights(**weights, backend=backend).arguments(**tokens)
+    assert torch_mxfp8moe.explain(**arguments).backend == backend
     torch_mxfp8moe.warmup([1, 3], **arguments)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import device
 import oracle
@@ -17,6 +18,7 @@ from device import DEVICE
 from helpers import (
     BACKEND,
     E8M0,
+    ERRORS,
     FLOATS,
     HERE,
     OPS,
@@ -775,6 +777,62 @@ def test_calls_from_two_threads_at_once():
         for _ in range(8):
             got = list(pool.map(lambda inputs: OPS.fused_moe(**inputs), calls))
             assert all(same_bytes(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- warm-up
+
+
+class Calls(TorchDispatchMode):
+    """Runs what it sees; keeps the overload of ``fused_moe``, the token count and the largest id of every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (OPS.fused_moe.default, OPS.fused_moe.out):
+            ids = args[6]
+            self.seen.append((func._overloadname, len(args[0]), int(ids.max()) if ids.numel() else None))
+        return func(*args, **kwargs or {})
+
+
+@small
+@pytest.mark.parametrize("overload", ("default", "out"))
+@pytest.mark.parametrize("backend", ("auto", BACKEND, "reference"))
+def test_warmup_runs_the_op_once_for_each_count(backend, overload):
+    """By the way that later calls take, and without a change to anything that it was given."""
+    inputs = moe_inputs(T=5, scaled=True, bias_dtype=torch.float32) | dict(num_tokens=torch.tensor(4).int())
+    before = {name: x.clone() for name, x in inputs.items()}
+    out = torch.full((5, 64), 7.0)
+    options = dict(GPT_OSS, backend=backend) | (dict(out=out) if overload == "out" else {})
+    with Calls() as calls:
+        torch_mxfp8moe.warmup(iter((0, 1, 3)), **inputs, **options)
+    assert calls.seen == [(overload, 0, None), (overload, 1, 1), (overload, 3, 3)]
+    assert (out == 7).all()
+    for name, x in inputs.items():
+        assert same_bytes(x, before[name]), name
+
+
+@small
+def test_warmup_takes_what_the_typed_entry_point_takes():
+    inputs = moe_inputs(T=2)
+    e8m0 = {name: x.view(E8M0) if name.endswith("scale") else x for name, x in inputs.items()}
+    torch_mxfp8moe.warmup([1], **e8m0, out_dtype=torch.float32)
+    with torch.inference_mode():
+        torch_mxfp8moe.warmup([1], *(e8m0[name] for name in inputs))
+
+
+@small
+def test_warmup_raises_what_the_call_raises():
+    inputs = moe_inputs(T=2)
+    with pytest.raises(ValueError, match=r"^warmup: tokens has -1; it takes counts of 0 or more$"):
+        torch_mxfp8moe.warmup([1, -1], **inputs)
+    with pytest.raises(ValueError, match=r"^fused_moe: layout is 'diagonal'; it takes"):
+        torch_mxfp8moe.warmup([], **inputs, layout="diagonal")
+    with pytest.raises(ERRORS, match="fused_moe: backend is 'abacus'; it takes 'auto', "):
+        torch_mxfp8moe.warmup([1], **inputs, backend="abacus")
+    with pytest.raises(RuntimeError, match="^fused_moe is inference only and has no gradient"):
+        torch_mxfp8moe.warmup([1], **inputs | dict(topk_weights=inputs["topk_weights"].requires_grad_()))
 
 
 # --- opcheck

@@ -1,22 +1,15 @@
 """The README's examples run as they stand."""
 
-import re
-from pathlib import Path
-
 import torch
 
 from helpers import moe_inputs, randn
+from pages import ROOT, section
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-
-
-def block(title: str) -> str:
-    section = README.split(f"## {title}", 1)[1]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+README = ROOT / "README.md"
 
 
 def test_the_api_in_ten_lines(capsys):
-    code = block("The API in ten lines")
+    code = section(README, "The API in ten lines")
     assert len(code.strip().splitlines()) <= 12
     tokens, hidden, intermediate, experts, topk = 5, 256, 128, 4, 2
     names = {
@@ -33,7 +26,7 @@ def test_the_api_in_ten_lines(capsys):
 
 
 def test_the_serving_loop():
-    code = block("A compiled serving loop")
+    code = section(README, "A compiled serving loop")
     assert len(code.strip().splitlines()) <= 15
     inputs = moe_inputs(T=5)
     prompt, router = inputs["hidden_states"], randn(64, 4)

@@ -3,9 +3,7 @@ weights in its Qwen3-MoE."""
 
 import copy
 import pickle
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 import torch_mxfp8moe  # noqa: E402
 from helpers import assert_equal, only_cpu, randn, relative_l2, run_python  # noqa: E402
+from pages import ROOT, blocks  # noqa: E402
 from torch_mxfp8moe.integrations import transformers as plugin  # noqa: E402
 from torch_mxfp8moe.integrations.transformers import IMPLEMENTATION, ConvertedExperts, convert_experts_  # noqa: E402
 
@@ -348,7 +347,7 @@ def test_generation_under_compile(family, way):
 
 # --- the trained model
 
-DEMO = Path(__file__).resolve().parent.parent / "tools" / "demo"
+DEMO = ROOT / "tools" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -415,13 +414,13 @@ def test_the_trained_model_writes_the_same_compiled(trained):
 
 
 def test_the_documented_example(tmp_path, capsys):
-    page = Path(__file__).resolve().parent.parent / "docs" / "transformers.md"
+    page = ROOT / "docs" / "transformers.md"
     if not page.exists():
         pytest.skip("needs the source tree")
     torch.compiler.reset()
     model_of("qwen3_moe", dtype=torch.bfloat16).save_pretrained(tmp_path)
     names = dict(name=str(tmp_path), prompt=tokens(1, 7))
-    exec(re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL).group(1), names)
+    exec(blocks(page)[0], names)
     assert "'model.layers.0.mlp.experts', 'model.layers.1.mlp.experts'" in capsys.readouterr().out
     assert names["text"].shape == (1, 15)
 

@@ -59,7 +59,7 @@ def _package() -> Iterator[str]:
     if extension.MODULE is None:
         yield f"C++ kernels: {extension.WHY_MISSING}"
     else:
-        limited = "abi3" in extension.MODULE.__file__
+        limited = "abi3" in str(extension.MODULE.__file__)
         abi = "LibTorch's stable ABI, " + ("CPython's limited API" if limited else "the C API of this Python only")
         yield f"C++ kernels: {extension.MODULE.__file__} ({abi}); they use {extension.MODULE.capability()}"
 

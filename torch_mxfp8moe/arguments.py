@@ -7,10 +7,11 @@ What calls of one kind have in common is found once (:class:`Kind`): the host wo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.autograd import forward_ad
@@ -18,6 +19,13 @@ from torch.autograd import forward_ad
 from . import extension
 from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES, SCALE_ROUNDINGS
 from .layouts import LAYOUTS, Layout, padded_intermediate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .backends import Backend
+
+__all__ = ["Call", "Dequantize", "FusedMoe", "Kind", "Preshuffle", "Quantize"]
 
 ROUTING_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """dtypes of ``topk_weights`` and of the biases."""
@@ -50,9 +58,9 @@ class Kind:
     __slots__ = ("backend", "plans")
 
     def __init__(self):
-        self.backend = None
+        self.backend: Backend | None = None
         """What :mod:`.dispatch` keeps: who serves the calls."""
-        self.plans = {}
+        self.plans: dict[str, Any] = {}
         """What each backend keeps, by its name."""
 
 
@@ -93,27 +101,47 @@ def _getter(names: Sequence[str]) -> staticmethod:
     return staticmethod(get if len(names) > 1 else lambda call: (get(call),))
 
 
-@dataclass(eq=False)
 class Call:
-    """Base of the ops' arguments. ``op`` is the op's name in messages."""
+    """Base of the ops' arguments, a dataclass for each. ``op`` is the op's name in messages."""
 
     op = "op"
-    kind = None
-    """The :class:`Kind` of a checked call."""
+    kind: Kind
+    """Of a checked call."""
+
+    _names: ClassVar[tuple[str, ...]]
+    _tensors: ClassVar[Callable[["Call"], tuple[torch.Tensor | None, ...]]]
+    _options: ClassVar[Callable[["Call"], tuple]]
 
     def __init_subclass__(cls):
-        names = cls.__annotations__
-        tensors = [name for name, type_ in names.items() if "Tensor" in str(type_)]
+        names = cls._names = tuple(cls.__annotations__)
+        tensors = [name for name, type_ in cls.__annotations__.items() if "Tensor" in str(type_)]
         cls._tensors, cls._options = _getter(tensors), _getter([name for name in names if name not in tensors])
 
-    def check(self, writes_out: bool = False):
+    def __repr__(self) -> str:
+        """Tensors by what is checked of them; their values would fill screens."""
+
+        def text(value: object) -> str:
+            if not isinstance(value, torch.Tensor):
+                return repr(value)
+            lies = f"strides {list(value.stride())}" if value.layout is torch.strided else value.layout
+            return f"{_name(value.dtype)} {list(value.shape)} {lies} on {value.device}"
+
+        values = (f"{name}={text(getattr(self, name))}" for name in self._names)
+        return f"{type(self).__name__}({', '.join(values)})"
+
+    @property
+    def device(self) -> torch.device:
+        """Of the call's tensors."""
+        raise NotImplementedError
+
+    def check(self, writes_out: bool = False) -> "Self":
         """Raises unless the call is valid; returns it. ``writes_out``: of a call to an op's ``.out`` form."""
         self._check_kind(writes_out)
         self._check_memory()
         self.kind = Kind()
         return self
 
-    def check_once(self, writes_out: bool = False):
+    def check_once(self, writes_out: bool = False) -> "Self":
         """:meth:`check`, but what calls of one kind have in common is checked for the first of them only.
 
         For arguments as kernels get them: tensors that have memory.
@@ -122,13 +150,14 @@ class Call:
         if signature is None:
             return self.check(writes_out)
         key = (type(self), writes_out, signature, self._options(self))
-        self.kind = _kinds.get(key)
-        if self.kind is None:
+        known = _kinds.get(key)
+        if known is None:
             self.check(writes_out)
             if len(_kinds) >= REMEMBERED:
                 _kinds.clear()
             _kinds[key] = self.kind
         else:
+            self.kind = known
             self._check_memory()
         return self
 
@@ -143,11 +172,13 @@ class Call:
     def _value(self, condition, name: str, got: object, takes: str) -> None:
         torch._check_value(condition, lambda: f"{self.op}: {name} {got}; it takes {takes}")
 
-    def _dtype(self, name: str, tensor: torch.Tensor, options: tuple[torch.dtype, ...]) -> None:
+    def _dtype(self, name: str, tensor: torch.Tensor | None, options: tuple[torch.dtype, ...]) -> torch.Tensor:
+        """The tensor."""
         if tensor is None:
             raise TypeError(f"{self.op}: {name} is None; it takes a tensor of {_either(options)}")
         if tensor.dtype not in options:
             raise TypeError(f"{self.op}: {name} has dtype {_name(tensor.dtype)}; it takes {_either(options)}")
+        return tensor
 
     def _rank(self, name: str, tensor: torch.Tensor, dims: str) -> None:
         rank = len(dims.split(","))
@@ -180,10 +211,10 @@ class Call:
         self._strided(name, tensor)
         self._value(tensor.is_contiguous(), name, f"has strides {list(tensor.stride())}", "contiguous memory")
 
-    def _same_device(self, first: str, **tensors: torch.Tensor | None) -> None:
+    def _same_device(self, first: str, **tensors: torch.Tensor) -> None:
         device = tensors[first].device
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.device != device:
+            if tensor.device != device:
                 raise ValueError(f"{self.op}: {name} is on {tensor.device}; it takes the device of {first}, {device}")
 
     def _inference_only(self) -> None:
@@ -235,7 +266,7 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
     return True
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Quantize(Call):
     """``quantize_1x32``: x [..., C]."""
 
@@ -261,7 +292,7 @@ class Quantize(Call):
         return (*lead, columns // BLOCK)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Dequantize(Call):
     """``dequantize_1x32``: data [..., C], scale [..., C/32]."""
 
@@ -289,7 +320,7 @@ class Dequantize(Call):
         self._same_device("data", data=self.data, scale=self.scale)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Preshuffle(Call):
     """``preshuffle``: weight [E, R, C] and scale [E, R, C/32] in checkpoint order (see ``layouts`` for E, R, C)."""
 
@@ -314,12 +345,18 @@ class Preshuffle(Call):
     @cached_property
     def weight_shape(self) -> tuple[int, int, int]:
         """Of the result: [E, R, C], I rounded up."""
-        return padded_intermediate(tuple(self.weight.shape), self.gate_up, self.pad_to)
+        return padded_intermediate(self.weight.shape, self.gate_up, self.pad_to)
 
     @cached_property
     def scale_shape(self) -> tuple[int, ...]:
         """Of the result."""
         return self.arrangement.scale_shape(*self.weight_shape)
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``out_weight`` and ``out_scale`` of a call that has them, as every call that reaches a backend does."""
+        assert self.out_weight is not None and self.out_scale is not None
+        return self.out_weight, self.out_scale
 
     def _check_kind(self, writes_out: bool) -> None:
         if writes_out and self.out_weight is None and self.out_scale is None:
@@ -349,24 +386,23 @@ class Preshuffle(Call):
         if reason:
             raise ValueError(f"{self.op}: weight does not fit: {reason}; pad_to rounds the intermediate size up")
         if writes_out:
-            self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
-            self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
-            self._shape("out_weight", self.out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
-            self._shape("out_scale", self.out_scale, self.scale_shape, "the layout's scale shape")
-            self._contiguous("out_weight", self.out_weight)
-            self._contiguous("out_scale", self.out_scale)
-            self._same_device("weight", weight=self.weight, out_weight=self.out_weight, out_scale=self.out_scale)
+            out_weight = self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
+            out_scale = self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
+            self._shape("out_weight", out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
+            self._shape("out_scale", out_scale, self.scale_shape, "the layout's scale shape")
+            self._contiguous("out_weight", out_weight)
+            self._contiguous("out_scale", out_scale)
+            self._same_device("weight", weight=self.weight, out_weight=out_weight, out_scale=out_scale)
 
     def _check_memory(self) -> None:
         if self.out_weight is not None:
-            self._not_overlapping("out_weight", self.out_weight, weight=self.weight, scale=self.scale)
-            self._not_overlapping(
-                "out_scale", self.out_scale, weight=self.weight, scale=self.scale, out_weight=self.out_weight
-            )
+            out_weight, out_scale = self.outputs
+            self._not_overlapping("out_weight", out_weight, weight=self.weight, scale=self.scale)
+            self._not_overlapping("out_scale", out_scale, weight=self.weight, scale=self.scale, out_weight=out_weight)
         super()._check_memory()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FusedMoe(Call):
     """``fused_moe``; see ``ops.fused_moe`` for what each argument is."""
 

@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .experts import Mxfp8Experts, SharedExpert
 from .formats import BLOCK
+
+__all__ = ["Checkpoint", "CheckpointError", "FORMS", "Form", "load_experts", "show_progress"]
 
 
 @dataclass(frozen=True)
@@ -379,16 +382,19 @@ class Checkpoint:
         with torch.inference_mode():
             self._read(layer, module, target, ids, order)
         if not direct:
-            module.update_weights(**target, experts=ids, scale_rounding=scale_rounding)
+            made: dict[str, Any] = dict(target, experts=ids, scale_rounding=scale_rounding)
+            module.update_weights(**made)
         if biases:
-            module.update_weights(**biases, gate_up_order=order)
+            module.update_weights(
+                w1_bias=biases.get("w1_bias"), w2_bias=biases.get("w2_bias"), gate_up_order=order
+            )
         return module
 
     def _read(self, layer: str, module: Mxfp8Experts, target: dict[str, Tensor], ids: list[int], order: str) -> None:
         """This rank's part of a layer into row-major tensors."""
         count, hidden, intermediate = self.sizes(layer)
         first, last = module.tp_range
-        stacked = self._stacked_name(layer, "gate_up_proj"), self._stacked_name(layer, "down_proj")
+        gate_up, down = self._stacked_name(layer, "gate_up_proj"), self._stacked_name(layer, "down_proj")
         halves = {name: x.unflatten(1, (2, -1)) for name, x in target.items() if name.startswith("w1")}
 
         def put(out: Tensor, values: Tensor) -> None:
@@ -420,9 +426,9 @@ class Checkpoint:
                         put(halves[f"w1{kind}"][slot, int(matrix == "up")], tensor[a:b])
 
         routed = [(slot, expert) for slot, expert in enumerate(ids) if expert < count]
-        if all(stacked):
-            read(stacked[0], [(0, *pair) for pair in routed], "gate_up", (2 * intermediate, hidden))
-            read(stacked[1], [(0, *pair) for pair in routed], "down", (hidden, intermediate))
+        if gate_up and down:
+            read(gate_up, [(0, *pair) for pair in routed], "gate_up", (2 * intermediate, hidden))
+            read(down, [(0, *pair) for pair in routed], "down", (hidden, intermediate))
         else:
             for slot, expert in routed:
                 for matrix in ("gate", "up", "down"):

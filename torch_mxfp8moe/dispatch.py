@@ -49,7 +49,7 @@ class BackendStatus:
     description: str
 
     def __str__(self) -> str:
-        return f"{self.name:<10} {'usable' if self.usable else 'not usable: ' + self.reason} ({self.description})"
+        return f"{self.name:<10} {'usable' if self.usable else f'not usable: {self.reason}'} ({self.description})"
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -123,9 +123,10 @@ def select(call: Call) -> Backend:
 
     The backends are asked once for each kind of call: neither they nor the machine change their minds.
     """
-    if call.kind.backend is None:
-        call.kind.backend = _first(call)
-    return call.kind.backend
+    backend = call.kind.backend
+    if backend is None:
+        backend = call.kind.backend = _first(call)
+    return backend
 
 
 def _first(call: Call) -> Backend:
@@ -172,7 +173,7 @@ def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
         call.out_weight = call.weight.new_empty(call.weight_shape)
         call.out_scale = call.scale.new_empty(call.scale_shape, dtype=torch.uint8)
     select(call).preshuffle(call)
-    return call.out_weight, call.out_scale
+    return call.outputs
 
 
 @_without_gradients

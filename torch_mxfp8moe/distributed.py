@@ -36,6 +36,15 @@ from .arguments import FusedMoe
 from .experts import Mxfp8Experts
 from .formats import as_bytes
 
+__all__ = [
+    "arguments_of",
+    "fused_moe_ep_allgather",
+    "fused_moe_ep_allreduce",
+    "fused_moe_ep_alltoall",
+    "fused_moe_tp",
+    "gather_expert_owner",
+]
+
 ROW_ALIGNMENT = 16
 """Bytes that the rows which ranks send to one another are rounded up to, so that each token starts aligned."""
 
@@ -91,15 +100,13 @@ class _Tokens(NamedTuple):
         def views():
             start = 0
             for like in (self.hidden_states, self.topk_weights, self.topk_ids, self.hidden_states_scale):
-                if like is None:
-                    yield None
-                    continue
-                size = like.shape[1] * like.element_size()
-                yield rows[:, start : start + size].view(like.dtype)
-                start += size
+                if like is not None:
+                    size = like.shape[1] * like.element_size()
+                    yield rows[:, start : start + size].view(like.dtype)
+                    start += size
 
-        x, topk_weights, topk_ids, scale = views()
-        return _Tokens(x, scale, topk_weights, topk_ids)
+        x, topk_weights, topk_ids, *scale = views()
+        return _Tokens(x, scale[0] if scale else None, topk_weights, topk_ids)
 
 
 def _without_routes(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -147,7 +154,7 @@ def _shared_once(
 
 
 def _checked(
-    hidden_states, w1, w1_scale, w2, w2_scale, topk_weights, topk_ids, *, num_shared_experts=0, **options
+    hidden_states, w1, w1_scale, w2, w2_scale, topk_weights, topk_ids, **options
 ) -> torch.dtype:
     """The result's dtype. Raises what ``fused_moe`` would for this rank's arguments, before anything is sent."""
     if options.pop("out", None) is not None:
@@ -158,11 +165,16 @@ def _checked(
         FusedMoe(*tensors, **options).check()
     elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError("the distributed fused_moe is inference only, but an input requires a gradient")
-    expert_map = options.get("expert_map")
+    return out_dtype or (torch.bfloat16 if scaled else hidden_states.dtype)
+
+
+def _check_map(expert_map: torch.Tensor | None, num_shared_experts: int) -> None:
+    """What expert parallelism asks of a map that :func:`_checked` has seen."""
+    if expert_map is None:
+        raise TypeError("expert_map is None; it takes a tensor, int32 [G]")
     if num_shared_experts and not 0 < num_shared_experts < expert_map.shape[0]:
         takes = f"0 to {expert_map.shape[0] - 1}, fewer than the ids of expert_map"
         raise ValueError(f"num_shared_experts is {num_shared_experts}; it takes {takes}")
-    return out_dtype or (torch.bfloat16 if scaled else hidden_states.dtype)
 
 
 def _check_owner(expert_owner: torch.Tensor, routed: int, device: torch.device) -> None:
@@ -222,7 +234,11 @@ def arguments_of(
 # --- the layer
 
 
-def _partial(tokens: _Tokens, mine: torch.Tensor, weights: tuple, expert_map, num_shared_experts, options):
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""A rank's w1, w1_scale, w2 and w2_scale."""
+
+
+def _partial(tokens: _Tokens, mine: torch.Tensor, weights: Weights, expert_map, num_shared_experts, options):
     """This rank's part of the sum, [R, H], for tokens of all ranks, of which ``mine`` [R] are this rank's."""
     ids = _shared_once(tokens.topk_ids, mine, expert_map, num_shared_experts)
     return ops.fused_moe(
@@ -293,8 +309,9 @@ def fused_moe_ep_allgather(
     name, rank, world_size = _members(group)
     result_dtype = _checked(
         hidden_states, *weights, topk_weights, topk_ids, hidden_states_scale=hidden_states_scale, expert_map=expert_map,
-        num_tokens=num_tokens, num_shared_experts=num_shared_experts, out_dtype=out_dtype, **options,
+        num_tokens=num_tokens, out_dtype=out_dtype, **options,
     )  # fmt: skip
+    _check_map(expert_map, num_shared_experts)
     T = hidden_states.shape[0]
     if max_tokens is not None:
         torch._check_value(T <= max_tokens, lambda: f"max_tokens is {max_tokens}; it takes {T} or more, T of this rank")
@@ -362,8 +379,9 @@ def fused_moe_ep_alltoall(
     name, rank, world_size = _members(group)
     result_dtype = _checked(
         hidden_states, *weights, topk_weights, topk_ids, hidden_states_scale=hidden_states_scale, expert_map=expert_map,
-        num_tokens=num_tokens, num_shared_experts=num_shared_experts, out_dtype=out_dtype, **options,
+        num_tokens=num_tokens, out_dtype=out_dtype, **options,
     )  # fmt: skip
+    _check_map(expert_map, num_shared_experts)
     T, topk = topk_ids.shape
     device, routed = hidden_states.device, expert_map.shape[0] - num_shared_experts
     _check_owner(expert_owner, routed, device)
@@ -449,9 +467,9 @@ def fused_moe_ep_allreduce(
     weights = (w1, w1_scale, w2, w2_scale)
     name, rank, world_size = _members(group)
     result_dtype = _checked(
-        hidden_states, *weights, topk_weights, topk_ids, expert_map=expert_map, num_shared_experts=num_shared_experts,
-        out_dtype=out_dtype, **options,
-    )  # fmt: skip
+        hidden_states, *weights, topk_weights, topk_ids, expert_map=expert_map, out_dtype=out_dtype, **options
+    )
+    _check_map(expert_map, num_shared_experts)
     mine = torch.arange(hidden_states.shape[0], device=hidden_states.device) % world_size == rank
     ids = _shared_once(topk_ids, mine, expert_map, num_shared_experts)
     options |= dict(out_dtype=reduce_dtype or result_dtype)

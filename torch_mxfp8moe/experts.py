@@ -7,6 +7,7 @@ intermediate size (of this rank, under tensor parallelism), T tokens, K experts 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,7 @@ class Mxfp8Experts(nn.Module):
         self.tp_rank, self.tp_size, self.ep_rank, self.ep_size = tp_rank, tp_size, ep_rank, ep_size
         self.bias, self.bias_dtype = bias, bias_dtype
         self.shared = shared
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             swiglu_alpha=swiglu_alpha,
             swiglu_beta=swiglu_beta,
             swiglu_limit=swiglu_limit,
@@ -223,6 +224,10 @@ class Mxfp8Experts(nn.Module):
             held = self.bias and (gate_up or self.tp_rank == 0)
             yield f"{name}_bias", self._shape(layout, gate_up)[:2] if held else None, self.bias_dtype
 
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """The buffers of w1 or w2: the weight and its scales."""
+        return self.get_buffer(name), self.get_buffer(f"{name}_scale")
+
     def _allocate(self, device: torch.device) -> None:
         for name, shape, dtype in self._buffer_shapes():
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype, device=device))
@@ -277,7 +282,9 @@ class Mxfp8Experts(nn.Module):
                 return torch.empty(shape, dtype=dtype, device=device)
             return torch.empty(1, dtype=dtype, device=device).expand(shape)
 
-        tensors = {name: like(shape, dtype) for name, shape, dtype in self._buffer_shapes(layout) if shape is not None}
+        tensors: dict[str, Any] = {
+            name: like(shape, dtype) for name, shape, dtype in self._buffer_shapes(layout) if shape is not None
+        }
         tensors["hidden_states"] = like((1, self.hidden_size), torch.bfloat16)
         tensors["topk_weights"], tensors["topk_ids"] = like((1, 1), torch.float32), like((1, 1), torch.int32)
         return FusedMoe(**tensors, **self.options, layout=layout)
@@ -320,7 +327,7 @@ class Mxfp8Experts(nn.Module):
         if new == self.layout:
             return
         for name, gate_up in _WEIGHTS.items():
-            moved = self._relaid(self._buffers[name], self._buffers[f"{name}_scale"], self.layout, new, gate_up)
+            moved = self._relaid(*self._pair(name), self.layout, new, gate_up)
             self._buffers[name], self._buffers[f"{name}_scale"] = moved
         if self.w1_bias is not None:
             self._buffers["w1_bias"] = self._repadded(self.w1_bias, new)
@@ -343,13 +350,13 @@ class Mxfp8Experts(nn.Module):
 
         The buffers themselves where they lie so already, else new tensors.
         """
-        result = []
-        for name, gate_up in _WEIGHTS.items():
-            pair = self._buffers[name], self._buffers[f"{name}_scale"]
-            if self.layout != ROW_MAJOR.name:
-                pair = _restored(*pair, self.layout, gate_up, self.local_intermediate_size)
-            result += pair
-        return tuple(result)
+
+        def restored(name: str) -> tuple[Tensor, Tensor]:
+            if self.layout == ROW_MAJOR.name:
+                return self._pair(name)
+            return _restored(*self._pair(name), self.layout, _WEIGHTS[name], self.local_intermediate_size)
+
+        return *restored("w1"), *restored("w2")
 
     # --- weights
 
@@ -392,9 +399,10 @@ class Mxfp8Experts(nn.Module):
         device = torch.device(device) if device is not None else w1.device
         shared = options.get("shared")
         experts, rows, hidden = w1.shape
-        options["bias"] = w1_bias is not None or w2_bias is not None
-        if options["bias"]:
-            options.setdefault("bias_dtype", (w1_bias if w1_bias is not None else w2_bias).dtype)
+        bias = w1_bias if w1_bias is not None else w2_bias
+        options["bias"] = bias is not None
+        if bias is not None:
+            options.setdefault("bias_dtype", bias.dtype)
         self = cls(experts - (shared.count if shared else 0), hidden, rows // 2, device="meta", **options)
         if self._auto:
             self.layout = self._decide("auto", device)
@@ -448,14 +456,14 @@ class Mxfp8Experts(nn.Module):
 
     def _write(
         self,
-        tensors: dict[str, Tensor | None],
+        given: dict[str, Tensor | None],
         experts: Iterable[int] | None,
         gate_up_order: str,
         scale_rounding: str,
         new_on: torch.device | None = None,
     ) -> None:
         """``update_weights``; ``new_on``: into new buffers on a device, or those given if nothing has to be changed."""
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
         if gate_up_order not in GATE_UP_ORDERS:
             takes = " or ".join(map(repr, GATE_UP_ORDERS))
             raise ValueError(f"Mxfp8Experts: gate_up_order is {gate_up_order!r}; it takes {takes}")
@@ -535,11 +543,13 @@ class Mxfp8Experts(nn.Module):
         return tensor if kind == "bias" else tensor[..., first // block : last // block]
 
     def _write_weight(self, name: str, data: Tensor, scale: Tensor | None, rows, slots, scale_rounding, new_on) -> None:
-        gate_up, device = _WEIGHTS[name], new_on or self._buffers[name].device
-        data, scale = (x if x is None else x[_on(rows, x)].to(device, non_blocking=True) for x in (data, scale))
+        gate_up, device = _WEIGHTS[name], new_on or self.get_buffer(name).device
+        data = data[_on(rows, data)].to(device, non_blocking=True)
         if scale is None:
             data, scale = quantize_1x32(data if data.stride(-1) == 1 else data.contiguous(), scale_rounding)
             data = data.view(torch.uint8)
+        else:
+            scale = scale[_on(rows, scale)].to(device, non_blocking=True)
         shape, scale_name = self._shape(self.layout, gate_up), f"{name}_scale"
         row_major = self.layout == ROW_MAJOR.name
         if not row_major or new_on:
@@ -554,7 +564,8 @@ class Mxfp8Experts(nn.Module):
                     data.view(E4M3), scale, self.layout, gate_up
                 )
             return
-        weight, scales = self._buffers[name].view(torch.uint8), self._buffers[scale_name]
+        weight, scales = self._pair(name)
+        weight = weight.view(torch.uint8)
         if row_major:
             if gate_up:
                 weight, scales = (x.unflatten(1, (2, -1)) for x in (weight, scales))
@@ -601,6 +612,7 @@ class Mxfp8Experts(nn.Module):
         if self.ep_size > 1 and not every_token:
             token = torch.arange(tokens, device=topk_ids.device).unsqueeze(1)
             ids = ids.masked_fill(token % self.ep_size != self.ep_rank, -1)
+        assert self.shared is not None
         weights = F.pad(topk_weights, (0, self.num_shared), value=self.shared.routing_weight)
         return weights, torch.cat([topk_ids, ids], 1)
 
@@ -675,13 +687,13 @@ class Mxfp8Experts(nn.Module):
     def __getstate__(self) -> dict:
         """Weights as bytes: what pickle writes of float8 storages, it does not read (torch 2.13)."""
         state = super().__getstate__()
-        weights = {name: self._buffers[name].view(torch.uint8) for name in _WEIGHTS}
+        weights = {name: self.get_buffer(name).view(torch.uint8) for name in _WEIGHTS}
         return state | dict(_buffers=self._buffers | weights)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for name in _WEIGHTS:
-            self._buffers[name] = self._buffers[name].view(E4M3)
+            self._buffers[name] = self.get_buffer(name).view(E4M3)
 
     def _apply(self, fn, recurse=True):
         """``.to``, ``.cuda``, ``.half`` and the like: MXFP8 bytes and ``expert_map`` are moved, never converted; with
@@ -725,11 +737,13 @@ class Mxfp8Experts(nn.Module):
             ep=[self.ep_rank, self.ep_size],
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         named = [f"{prefix}{name}" for name in self._buffers if f"{prefix}{name}" in own]
         if named and prefix + _STATE not in own:
-            errors.append(
+            error_msgs.append(
                 f"{named[0]}: {prefix}{_STATE} is missing, which says in what layout it is; tensors of a checkpoint go "
                 "through from_weights or update_weights"
             )
@@ -748,18 +762,19 @@ class Mxfp8Experts(nn.Module):
                 if got is not None and not name.endswith("bias") and got.dtype is not dtype:
                     wrong.append(f"{prefix}{name} has dtype {str(got.dtype)[6:]}; it takes {str(dtype)[6:]}")
             if wrong:
-                errors.extend(wrong)
+                error_msgs.extend(wrong)
                 return
             if state["layout"] != self.layout:
                 self._convert_state(own, prefix, state["layout"])
-        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def _convert_state(self, own: dict[str, Tensor], prefix: str, layout: str) -> None:
         """Bring a state_dict's tensors from ``layout`` into the module's."""
         for name, gate_up in _WEIGHTS.items():
             keys = f"{prefix}{name}", f"{prefix}{name}_scale"
             if all(key in own for key in keys):
-                moved = self._relaid(*(own[key] for key in keys), layout, self.layout, gate_up)
+                weight, scale = (own[key] for key in keys)
+                moved = self._relaid(weight, scale, layout, self.layout, gate_up)
                 own |= dict(zip(keys, moved))
         key = f"{prefix}w1_bias"
         if key in own:

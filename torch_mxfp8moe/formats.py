@@ -6,6 +6,7 @@ Constants and bit tricks that every implementation shares. The format is OCP Mic
 
 import ctypes
 import math
+from typing import overload
 
 import torch
 
@@ -59,6 +60,12 @@ def rounded_to_fp32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
-def as_bytes(scale: torch.Tensor) -> torch.Tensor:
-    """A ``float8_e8m0fnu`` or uint8 scale tensor, viewed as uint8."""
-    return scale.view(torch.uint8) if getattr(scale, "dtype", None) is torch.float8_e8m0fnu else scale
+@overload
+def as_bytes(scale: torch.Tensor) -> torch.Tensor: ...
+@overload
+def as_bytes(scale: None) -> None: ...
+def as_bytes(scale: torch.Tensor | None) -> torch.Tensor | None:
+    """A ``float8_e8m0fnu`` or uint8 scale tensor, viewed as uint8; anything else as it is."""
+    if isinstance(scale, torch.Tensor) and scale.dtype is torch.float8_e8m0fnu:
+        return scale.view(torch.uint8)
+    return scale

@@ -9,7 +9,7 @@ projections (``gate_up=True``, w1) R = 2I and C = H, all gate rows before all up
 R = H and C = I. Cs = C / 32, rounded up to what the layout asks for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +17,7 @@ import torch
 
 from .formats import BLOCK, SCALE_ONE, as_bytes
 
+__all__ = ["AITER_GFX950", "LAYOUTS", "Layout", "Permutation", "ROW_MAJOR", "pad_intermediate", "padded_intermediate"]
 
 Digit = tuple[int, int, int]
 """(divisor, size, stride) of one mixed-radix digit of an index; see :meth:`Permutation.strides`."""
@@ -80,7 +81,7 @@ def _offsets(permutation: Permutation, shape: tuple[int, int, int]) -> tuple[tor
 
     def offset(length: int, digits: tuple[Digit, ...]) -> torch.Tensor:
         index = torch.arange(length)
-        return sum(index // divisor % size * stride for divisor, size, stride in digits)
+        return sum((index // divisor % size * stride for divisor, size, stride in digits), torch.zeros_like(index))
 
     row = torch.arange(experts).unsqueeze(1) * (rows * columns) + offset(rows, row_digits)
     column = offset(columns, column_digits)
@@ -178,9 +179,10 @@ AITER_GFX950 = Layout(
 interleaved gate and up (https://github.com/ROCm/aiter, aiter/ops/shuffle.py and aiter/utility/fp4_utils.py)."""
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ROW_MAJOR, AITER_GFX950)}
+"""Every layout by name."""
 
 
-def padded_intermediate(weight_shape: tuple[int, int, int], gate_up: bool, pad_to: int) -> tuple[int, int, int]:
+def padded_intermediate(weight_shape: Sequence[int], gate_up: bool, pad_to: int) -> tuple[int, int, int]:
     """The shape [E, R, C] of a weight whose intermediate size I is rounded up to a multiple of ``pad_to``."""
     experts, rows, columns = weight_shape
     if gate_up:
@@ -196,7 +198,7 @@ def pad_intermediate(
     weight [E, R, C], scale [E, R, C/32] in checkpoint order; the rows of each half grow for w1, the columns for w2.
     """
     experts, rows, columns = weight.shape
-    _, padded_rows, padded_columns = padded_intermediate(tuple(weight.shape), gate_up, pad_to)
+    _, padded_rows, padded_columns = padded_intermediate(weight.shape, gate_up, pad_to)
     data, scale = weight.view(torch.uint8), as_bytes(scale)
     if gate_up:
         extra = (padded_rows - rows) // 2

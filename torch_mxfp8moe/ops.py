@@ -8,6 +8,7 @@ input needs a gradient.
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -317,11 +318,12 @@ def warmup(tokens: Iterable[int], *args, **kwargs) -> None:
         What the call raises, and ValueError for a negative token count.
     """
     call = FusedMoe(*args, **kwargs).check()
+    arguments: dict[str, Any] = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
     for count in tokens:
         if count < 0:
             raise ValueError(f"warmup: tokens has {count}; it takes counts of 0 or more")
         with torch.no_grad():
-            replaced = {
+            replaced: dict[str, Any] = {
                 name: torch.zeros((count, x.shape[1]), dtype=x.dtype, device=x.device)
                 for name, x in call.inputs.items()
                 if name in ("hidden_states", "hidden_states_scale", "topk_weights", "topk_ids")
@@ -331,6 +333,7 @@ def warmup(tokens: Iterable[int], *args, **kwargs) -> None:
             replaced["topk_ids"] = (routes % call.global_experts).to(call.topk_ids.dtype)
             if call.out is not None:
                 replaced["out"] = torch.empty((count, call.hidden), dtype=call.out.dtype, device=call.device)
-            dispatch.fused_moe(dataclasses.replace(call, **replaced).check_once(writes_out=call.out is not None))
+            # The op, not its Python kernel: on the CPU PyTorch's dispatcher has another kernel for it.
+            fused_moe(**{**arguments, **replaced})
     if call.device.type == "cuda":
         torch.cuda.synchronize(call.device)

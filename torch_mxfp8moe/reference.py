@@ -5,6 +5,8 @@ import torch
 from .formats import BLOCK, E4M3_MAX, E4M3_NAN, RCEIL_SLACK, SCALE_NAN, as_bytes, rounded_to_fp32
 from .layouts import LAYOUTS, pad_intermediate
 
+__all__ = ["dequantize_1x32", "fused_moe", "local_experts", "preshuffle", "quantize_1x32", "scale_bytes", "swiglu"]
+
 
 def scale_bytes(amax: torch.Tensor, scale_rounding: str) -> torch.Tensor:
     """The E8M0 byte of blocks whose largest magnitude is ``amax`` (fp32, any shape), as int32 of the same shape.

@@ -7,6 +7,15 @@ import torch
 
 from .formats import BLOCK
 
+__all__ = [
+    "expert_parallel_map",
+    "expert_parallel_owner",
+    "expert_parallel_range",
+    "expert_parallel_shard",
+    "tensor_parallel_range",
+    "tensor_parallel_shard",
+]
+
 
 def check_rank(function: str, name: str, rank: int, size: int) -> None:
     """Raises ValueError unless there is such a rank; ``name`` of its arguments: ``tp`` or ``ep``."""
@@ -70,7 +79,7 @@ def tensor_parallel_range(intermediate_size: int, tp_rank: int, tp_size: int) ->
     if tp_size > blocks:
         takes = f"at most {blocks}, the blocks of {BLOCK} in {of}"
         raise ValueError(f"tensor_parallel_range: tp_size is {tp_size}; it takes {takes}")
-    return tuple(BLOCK * (blocks * rank // tp_size) for rank in (tp_rank, tp_rank + 1))
+    return BLOCK * (blocks * tp_rank // tp_size), BLOCK * (blocks * (tp_rank + 1) // tp_size)
 
 
 def expert_parallel_shard(

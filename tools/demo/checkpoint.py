@@ -1,8 +1,7 @@
-"""Checkpoints in safetensors: bf16, and MXFP8 as published for MiniMax-M3.
+"""Checkpoints in safetensors: bf16, and MXFP8 as published for MiniMax-M3 (`torch_mxfp8moe.checkpoint.FORMS`).
 
 A folder holds config.json, tokenizer.json and either model.safetensors or, where the tensors are spread over files,
-model.safetensors.index.json. Expert N of a layer is `experts.N.w1` (gate), `.w3` (up), `.w2` (down); in MXFP8 each has
-`.weight` (float8_e4m3fn, [out, in]) and `.weight_scale_inv` (uint8, [out, in / 32]).
+model.safetensors.index.json. Expert N of a layer is `experts.N.w1` (gate), `.w3` (up), `.w2` (down).
 """
 
 import dataclasses
@@ -13,23 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import Config, Model, Mxfp8Experts
+from model import Config, Model
+from torch_mxfp8moe import quantize_1x32
+from torch_mxfp8moe.checkpoint import FORMS, Checkpoint
 
-EXPERTS = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.{kind}"
-QUANTIZATION = {
-    "quant_method": "mxfp8",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [1, 32],
-    "scale_fmt": "ue8m0",
-    "ignored_layers": ["lm_head", "model.embed_tokens", "self_attn", "block_sparse_moe.gate"],
-}
+EXPERTS = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
+FORM = FORMS["mxfp8"]
+NOT_QUANTISED = ["lm_head", "model.embed_tokens", "self_attn", "block_sparse_moe.gate"]
 
 
-def write_config(folder: Path, cfg: Config, quantization: dict | None = None) -> None:
+def write_config(folder: Path, cfg: Config, quantised: bool = False) -> None:
     config = {"model_type": "tiny_moe", "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16"}
     config |= dataclasses.asdict(cfg)
-    if quantization:
-        config["quantization_config"] = quantization
+    if quantised:
+        config["quantization_config"] = FORM.config(NOT_QUANTISED)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -73,12 +69,11 @@ def is_expert(name: str) -> bool:
     return ".block_sparse_moe.experts." in name
 
 
-def stacked(tensors: dict[str, Tensor], layer: int, cfg: Config, kind: str = "weight") -> tuple[Tensor, Tensor]:
-    """One layer's experts as the op takes them: w1 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]; with kind
-    "weight_scale_inv" their scales, last dimension / 32."""
+def stacked(tensors: dict[str, Tensor], layer: int, cfg: Config) -> tuple[Tensor, Tensor]:
+    """One layer's experts: w1 [E, 2I, H] (gate rows, then up rows) and w2 [E, H, I]."""
 
     def get(expert: int, matrix: str) -> Tensor:
-        name = EXPERTS.format(layer=layer, expert=expert, matrix=matrix, kind=kind)
+        name = EXPERTS.format(layer=layer, expert=expert, matrix=matrix)
         if name not in tensors:
             raise ValueError(f"the checkpoint has no tensor {name}")
         return tensors[name]
@@ -86,16 +81,6 @@ def stacked(tensors: dict[str, Tensor], layer: int, cfg: Config, kind: str = "we
     experts = range(cfg.num_local_experts)
     w1 = torch.stack([torch.cat((get(e, "w1"), get(e, "w3"))) for e in experts])
     return w1, torch.stack([get(e, "w2") for e in experts])
-
-
-def unstacked(layer: int, w1: Tensor, w2: Tensor, kind: str = "weight") -> dict[str, Tensor]:
-    """The inverse of stacked: one tensor per expert and matrix, under its published name."""
-    tensors = {}
-    for expert in range(w1.shape[0]):
-        gate, up = w1[expert].chunk(2)
-        for matrix, value in (("w1", gate), ("w3", up), ("w2", w2[expert])):
-            tensors[EXPERTS.format(layer=layer, expert=expert, matrix=matrix, kind=kind)] = value
-    return tensors
 
 
 def export_bf16(model: Model) -> dict[str, Tensor]:
@@ -107,38 +92,40 @@ def export_bf16(model: Model) -> dict[str, Tensor]:
     for i, layer in enumerate(model.layers):
         experts = layer.block_sparse_moe.experts
         w1, w2 = (w.detach().to("cpu", torch.bfloat16) for w in (experts.w1, experts.w2))
-        tensors |= unstacked(i, w1, w2)
+        for expert in range(w1.shape[0]):
+            gate, up = w1[expert].chunk(2)
+            for matrix, value in (("w1", gate), ("w3", up), ("w2", w2[expert])):
+                tensors[EXPERTS.format(layer=i, expert=expert, matrix=matrix)] = value
     return tensors
 
 
-def quantise_experts(tensors: dict[str, Tensor], cfg: Config) -> dict[str, Tensor]:
+def quantise_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors with every expert weight in MXFP8."""
-    import torch_mxfp8moe  # noqa: F401  (registers the ops)
-
-    out = {k: v for k, v in tensors.items() if not is_expert(k)}
-    for layer in range(cfg.num_hidden_layers):
-        w1, w2 = (torch.ops.mxfp8moe.quantize_1x32(w) for w in stacked(tensors, layer, cfg))
-        out |= unstacked(layer, w1[0], w2[0])
-        out |= unstacked(layer, w1[1], w2[1], "weight_scale_inv")
+    out = {}
+    for name, value in tensors.items():
+        if is_expert(name):
+            out[name], out[name.removesuffix("weight") + FORM.scale] = quantize_1x32(value)
+        else:
+            out[name] = value
     return out
 
 
 def load_model(folder: Path, device: str = "cpu", backend: str = "auto", dtype: torch.dtype = torch.bfloat16) -> Model:
     """A model from a checkpoint of either kind. What the checkpoint holds in bf16 is held, and computed with, in
-    dtype; MXFP8 experts stay as they are and call the fused op through `backend`."""
+    dtype; MXFP8 experts are `torch_mxfp8moe.Mxfp8Experts` on `backend`."""
     cfg, quantization = read_config(folder)
     tensors = read_tensors(folder)
-    if quantization and quantization.get("quant_method") != "mxfp8":
-        raise ValueError(f"{folder}: quant_method is {quantization.get('quant_method')!r}, expected 'mxfp8'")
     with torch.device("meta"):
         model = Model(cfg)
     state = {k.removeprefix("model."): v.to(dtype) for k, v in tensors.items() if not is_expert(k)}
-    for i, layer in enumerate(model.layers):
-        w1, w2 = stacked(tensors, i, cfg)
-        if quantization:
-            s1, s2 = stacked(tensors, i, cfg, "weight_scale_inv")
-            layer.block_sparse_moe.experts = Mxfp8Experts(w1, s1, w2, s2, backend)
-        else:
+    if quantization:
+        with Checkpoint(folder) as checkpoint:
+            for i, layer in enumerate(model.layers):
+                name = f"model.layers.{i}.block_sparse_moe"
+                layer.block_sparse_moe.experts = checkpoint.load(name, backend=backend, device=device)
+    else:
+        for i in range(cfg.num_hidden_layers):
+            w1, w2 = stacked(tensors, i, cfg)
             prefix = f"layers.{i}.block_sparse_moe.experts"
             state |= {f"{prefix}.w1": w1.to(dtype), f"{prefix}.w2": w2.to(dtype)}
     missing, unexpected = model.load_state_dict(state, strict=False, assign=True)

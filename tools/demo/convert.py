@@ -26,8 +26,8 @@ def convert(source: Path, out: Path) -> None:
         if (source / "tokenizer.json").resolve() != (out / kind / "tokenizer.json").resolve():
             shutil.copyfile(source / "tokenizer.json", out / kind / "tokenizer.json")
 
-    checkpoint.write_config(out / "mxfp8", cfg, checkpoint.QUANTIZATION)
-    checkpoint.write_tensors(out / "mxfp8", checkpoint.quantise_experts(tensors, cfg))
+    checkpoint.write_config(out / "mxfp8", cfg, quantised=True)
+    checkpoint.write_tensors(out / "mxfp8", checkpoint.quantise_experts(tensors))
 
     experts = {k: v for k, v in tensors.items() if checkpoint.is_expert(k)}
     checkpoint.write_config(out / "bf16", cfg)

@@ -1,4 +1,5 @@
-"""A small mixture-of-experts language model in plain PyTorch, with experts in bf16 or in MXFP8.
+"""A small mixture-of-experts language model in plain PyTorch, with experts in bf16; `torch_mxfp8moe.Mxfp8Experts` takes
+their place where they are in MXFP8 (checkpoint.py).
 
 Sizes in the docstrings: B sequences, T positions, N = B * T tokens, H hidden, I intermediate, E experts, K experts per
 token, V vocabulary, S cache length, D head size.
@@ -65,25 +66,6 @@ class Bf16Experts(nn.Module):
         gate, up = F.linear(x, self.w1.flatten(0, 1)).view(n, e, 2 * i).chunk(2, -1)  # [N, E, I] each
         h = F.silu(gate) * up * every[..., None].to(gate.dtype)
         return F.linear(h.flatten(1), self.w2.transpose(0, 1).flatten(1))
-
-
-class Mxfp8Experts(nn.Module):
-    """The same experts in MXFP8 (e4m3 values, one scale byte for 32 of them), served by the fused op."""
-
-    def __init__(self, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, backend: str = "auto"):
-        """w1 [E, 2I, H], w1_scale [E, 2I, H/32], w2 [E, H, I], w2_scale [E, H, I/32]; data e4m3fn, scales uint8."""
-        super().__init__()
-        self.register_buffer("w1", w1)
-        self.register_buffer("w1_scale", w1_scale)
-        self.register_buffer("w2", w2)
-        self.register_buffer("w2_scale", w2_scale)
-        self.backend = backend
-
-    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        """x [N, H], routing weights [N, K], expert ids [N, K] -> [N, H]."""
-        return torch.ops.mxfp8moe.fused_moe(
-            x, self.w1, self.w1_scale, self.w2, self.w2_scale, weights, ids, backend=self.backend
-        )
 
 
 class MoE(nn.Module):

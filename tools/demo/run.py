@@ -227,8 +227,7 @@ def explain(model: Model, backend: str) -> torch_mxfp8moe.Explanation:
     experts, k, device = model.layers[0].block_sparse_moe.experts, model.cfg.num_experts_per_tok, model.rope.device
     hidden = torch.zeros(1, model.cfg.hidden_size, dtype=torch.bfloat16, device=device)
     weights, ids = torch.full((1, k), 1 / k, device=device), torch.arange(k, device=device)[None]
-    call = (hidden, experts.w1, experts.w1_scale, experts.w2, experts.w2_scale, weights, ids)
-    explanation = torch_mxfp8moe.explain(*call, backend=backend)
+    explanation = torch_mxfp8moe.explain(**experts.arguments(hidden, weights, ids) | dict(backend=backend))
     print("  " + str(explanation).replace("\n", "\n  "))
     note("the first line names the code that computes the experts for one token (T=1), the others why not they.")
     return explanation

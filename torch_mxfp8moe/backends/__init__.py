@@ -13,6 +13,8 @@ import torch
 
 from ..arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
 
+__all__ = ["Backend", "registered"]
+
 
 class Backend:
     """One implementation of the ops. Each method may assume what ``why_not`` of the same call has granted."""
@@ -52,6 +54,7 @@ class Backend:
         """-> [T, H], for a call without ``out``: for those who allocate their result themselves."""
         call = call.with_out()
         self.fused_moe(call)
+        assert call.out is not None
         return call.out
 
     def note(self, call: Call) -> str | None:

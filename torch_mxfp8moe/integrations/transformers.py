@@ -11,6 +11,7 @@ Inference only, as the op is: call models under ``torch.no_grad()`` or ``torch.i
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +22,38 @@ from ..experts import E4M3, GATE_UP_ORDERS, Mxfp8Experts, halves
 from ..formats import BLOCK, SCALE_DTYPES
 from ..ops import fused_moe, quantize_1x32
 
+__all__ = [
+    "ConvertedExperts",
+    "IMPLEMENTATION",
+    "convert_experts_",
+    "experts_forward",
+    "register",
+    "swiglu_options",
+    "why_not",
+]
+
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATION = "mxfp8moe"
 """For ``set_experts_implementation`` and ``from_pretrained(experts_implementation=...)``."""
 
 
-def _order(experts: nn.Module) -> str:
+ExpertsModule = Any
+"""A ``nn.Module`` with what Transformers' decorator ``use_experts_implementation`` gives it. (To type checkers every
+attribute that a class of modules does not declare is a tensor or a module.)"""
+
+
+def _order(experts: ExpertsModule) -> str:
     return GATE_UP_ORDERS[0 if experts.is_concatenated else 1]
 
 
-def _number(experts: nn.Module, *names: str) -> float | None:
+def _number(experts: ExpertsModule, *names: str) -> float | None:
     found = (getattr(experts, name, None) for name in names)
     return next((float(x) for x in found if isinstance(x, (int, float))), None)
 
 
 @torch.no_grad()
-def swiglu_options(experts: nn.Module) -> dict[str, float | None]:
+def swiglu_options(experts: ExpertsModule) -> dict[str, Any]:
     """``swiglu_alpha``, ``swiglu_beta`` and ``swiglu_limit`` with which the op computes what the experts' gate does.
 
     The names of a class's attributes only suggest: what counts is that its ``_apply_gate`` gives the op's values, on
@@ -69,7 +85,7 @@ def swiglu_options(experts: nn.Module) -> dict[str, float | None]:
     )
 
 
-def why_not(experts: nn.Module) -> str | None:
+def why_not(experts: ExpertsModule) -> str | None:
     """Why the op does not compute these experts, a module of a class with Transformers' decorator
     ``use_experts_implementation``, or None if it does."""
     if not experts.has_gate:
@@ -97,7 +113,7 @@ def why_not(experts: nn.Module) -> str | None:
     return None
 
 
-def _weights(experts: nn.Module) -> dict[str, Tensor | None]:
+def _weights(experts: ExpertsModule) -> dict[str, Any]:
     """The arguments of ``Mxfp8Experts.from_weights``: views of the module's parameters."""
     tensors = dict(w1=experts.gate_up_proj, w2=experts.down_proj)
     if experts.is_transposed:
@@ -119,7 +135,7 @@ def _say_that_each_call_quantises() -> None:
 
 
 @torch.compiler.assume_constant_result
-def _options(experts: nn.Module) -> tuple[float | None, ...]:
+def _options(experts: ExpertsModule) -> tuple[float | None, ...]:
     """The values of ``swiglu_options``, found once a module; while a graph is traced, they are constants of it."""
     found = experts.__dict__.get("_mxfp8moe_options")
     if found is None:
@@ -132,7 +148,7 @@ def _options(experts: nn.Module) -> tuple[float | None, ...]:
     return found
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: ExpertsModule, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What ``"mxfp8moe"`` names: the experts module ``self`` on :func:`torch_mxfp8moe.fused_moe`.
 
     MXFP8 weights, as Transformers loads them from checkpoints of ``quant_method: mxfp8`` on a GPU, are used as they lie
@@ -179,7 +195,7 @@ class ConvertedExperts(nn.Module):
         return self.mxfp8(hidden_states, top_k_weights, top_k_index)
 
 
-def _experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+def _experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
     return {
         name: module
         for name, module in model.named_modules()
@@ -230,12 +246,12 @@ def convert_experts_(model: nn.Module, *, scale_rounding: str = "rceil", **optio
             **{key: x.detach() for key, x in _weights(experts).items()},
             gate_up_order=_order(experts),
             scale_rounding=scale_rounding,
-            **swiglu_options(experts) | options,
+            **{**swiglu_options(experts), **options},
         )
         del experts
         model.set_submodule(name, ConvertedExperts(converted).eval())
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _refuse_save_pretrained
+        setattr(model, "save_pretrained", _refuse_save_pretrained)
     return names
 
 

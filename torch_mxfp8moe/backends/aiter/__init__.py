@@ -28,7 +28,7 @@ class Aiter(Backend):
         self.interface = cache(probe.load)
 
     @cache
-    def why_unavailable(self) -> str | None:
+    def why_unavailable(self) -> str | None:  # pyrefly: ignore[bad-override-mutable-attribute]  (@cache)
         try:
             self.interface()
         except probe.Unusable as unusable:
@@ -45,7 +45,7 @@ class Aiter(Backend):
         return rules.why_not(call)
 
     def note(self, call: Call) -> str | None:
-        return tuned.note(call)
+        return tuned.note(call) if isinstance(call, FusedMoe) else None
 
     def _routes(self, call: FusedMoe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids [T, K + 1], weights [T, K + 1], mask [E + 1]; see ``routes``."""
@@ -69,7 +69,7 @@ class Aiter(Backend):
 
     def new_fused_moe(self, call: FusedMoe) -> torch.Tensor:
         if not call.tokens:
-            return call.with_out().out
+            return call.hidden_states.new_empty((0, call.hidden), dtype=call.result_dtype)
         device = call.device
         if device.index is None or device.index == torch.cuda.current_device():
             return self._computed(call)
@@ -84,7 +84,8 @@ class Aiter(Backend):
             x = x.clone(memory_format=torch.contiguous_format)
         # aiter asks the tensors themselves whether they are shuffled. They are; the caller's are left as they are.
         w1, w2 = call.w1.detach(), call.w2.detach()
-        w1.is_shuffled = w2.is_shuffled = True
+        for weight in (w1, w2):
+            setattr(weight, "is_shuffled", True)
         return aiter.fused_moe(
             x,
             w1,
@@ -102,6 +103,7 @@ class Aiter(Backend):
         )
 
     def fused_moe(self, call: FusedMoe) -> None:
+        assert call.out is not None
         call.out.copy_(self.new_fused_moe(call))  # aiter allocates its result and takes no other
 
 

@@ -73,7 +73,7 @@ def _check_machine() -> None:
         raise Unusable(f"PyTorch is built without ROCm; aiter's MXFP8 kernels are for {ARCHITECTURE}")
     if not torch.cuda.is_available():
         raise Unusable("there is no GPU that PyTorch can use")
-    found = {architecture(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    found = {str(architecture(torch.device("cuda", i))) for i in range(torch.cuda.device_count())}
     if ARCHITECTURE not in found:
         raise Unusable(f"the GPU is {', '.join(sorted(found))}; aiter's MXFP8 kernels are for {ARCHITECTURE}")
     for name, (value, does) in SETTINGS.items():

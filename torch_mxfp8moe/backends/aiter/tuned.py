@@ -40,7 +40,7 @@ def files() -> list[Path]:
     if named := os.environ.get("AITER_CONFIG_FMOE"):
         return [Path(name) for name in named.split(os.pathsep)]
     spec = importlib.util.find_spec("aiter")
-    folders = [Path(folder) / "configs" for folder in (spec and spec.submodule_search_locations) or ()]
+    folders = [Path(folder) / "configs" for folder in (spec.submodule_search_locations if spec else None) or ()]
     return sorted(path for folder in folders for path in folder.rglob("*tuned_fmoe*.csv") if "untuned" not in path.name)
 
 
@@ -51,7 +51,7 @@ def table(paths: tuple[Path, ...]) -> dict[tuple[int, ...], Kernels]:
         "dtype": "torch.bfloat16", "q_dtype_a": "torch.float8_e4m3fn", "q_dtype_w": "torch.float8_e4m3fn",
         "q_type": "QuantType.per_1x32", "use_g1u1": "1", "doweight_stage1": "0",
     }  # fmt: skip
-    result = {}
+    result: dict[tuple[int, ...], Kernels] = {}
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):

@@ -53,7 +53,7 @@ class Cpu(Backend):
         layout, shape, gate_up = call.arrangement, call.weight_shape, call.gate_up
         scale_shape = (*shape[:2], layout.padded_scale_columns(shape[2]))
         weight, scale = call.weight.view(torch.uint8), as_bytes(call.scale)
-        out_weight, out_scale = call.out_weight.view(torch.uint8), as_bytes(call.out_scale)
+        out_weight, out_scale = (out.view(torch.uint8) for out in call.outputs)
         if out_weight.numel() != weight.numel():
             out_weight.zero_()
         if out_scale.numel() != scale.numel():

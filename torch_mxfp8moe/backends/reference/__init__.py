@@ -26,8 +26,9 @@ class Reference(Backend):
         weight, scale = reference.preshuffle(
             call.weight, call.scale, layout=call.layout, gate_up=call.gate_up, pad_to=call.pad_to
         )
-        call.out_weight.copy_(weight)
-        call.out_scale.view(scale.dtype).copy_(scale)
+        out_weight, out_scale = call.outputs
+        out_weight.copy_(weight)
+        out_scale.view(scale.dtype).copy_(scale)
 
     def fused_moe(self, call: FusedMoe) -> None:
         result = reference.fused_moe(
@@ -40,6 +41,7 @@ class Reference(Backend):
             activation_dtype=call.activation_dtype,
             out_dtype=call.result_dtype,
         )
+        assert call.out is not None
         call.out.copy_(result)
 
 

@@ -37,7 +37,7 @@ class Triton(Backend):
     description = "bundled Triton kernels for NVIDIA GPUs from sm_80 on, gfx942 and gfx950"
 
     @cache
-    def why_unavailable(self) -> str | None:
+    def why_unavailable(self) -> str | None:  # pyrefly: ignore[bad-override-mutable-attribute]  (@cache)
         if not _interpreted() and not torch.cuda.is_available():
             return "there is no GPU that PyTorch can use"
         if importlib.util.find_spec("triton") is None:
@@ -99,13 +99,15 @@ class Triton(Backend):
         from .preshuffle import preshuffle
 
         if call.weight.numel():
-            names = ("weight", "scale", "out_weight", "out_scale")
-            self._run(call, {name: getattr(call, name) for name in names}, lambda _: preshuffle(call))
+            out_weight, out_scale = call.outputs
+            memory = dict(weight=call.weight, scale=call.scale, out_weight=out_weight, out_scale=out_scale)
+            self._run(call, memory, lambda _: preshuffle(call))
 
     def fused_moe(self, call: FusedMoe) -> None:
         from .fused_moe import plan
 
         if call.tokens:
+            assert call.out is not None
             self._run(call, call.inputs | {"out": call.out}, lambda target: plan(call, target))
 
 

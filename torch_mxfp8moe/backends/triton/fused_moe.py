@@ -67,12 +67,14 @@ class _Part:
         self.workspace += -(-operand.bytes // ALIGNMENT) * ALIGNMENT
         return operand
 
-    def _given(self, name: str, by_token: bool = False, codes: bool = False) -> Operand | None:
+    def _given(self, name: str, by_token: bool = False, codes: bool = False) -> Operand:
         """A tensor of the call; ``by_token``: this part's tokens of it; ``codes``: as bytes."""
-        tensor = getattr(self.call, name)
-        if tensor is None:
-            return None
-        return Operand(name, torch.uint8 if codes else tensor.dtype, (self.first, self.tokens) if by_token else None)
+        dtype = torch.uint8 if codes else getattr(self.call, name).dtype
+        return Operand(name, dtype, (self.first, self.tokens) if by_token else None)
+
+    def _if_given(self, name: str, **how: bool) -> Operand | None:
+        """:meth:`_given`, or None for a tensor that the call does not have."""
+        return None if getattr(self.call, name) is None else self._given(name, **how)
 
     def launches(self) -> list[Launch]:
         return [
@@ -89,10 +91,10 @@ class _Part:
             route_kernel,
             (call.experts,),
             dict(
-                topk_ids=self._given("topk_ids", by_token=True), expert_map=self._given("expert_map"),
-                num_tokens=self._given("num_tokens"), slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
-                routes_total=self.routes, ids_stride=call.topk_ids.stride(0), first_token=self.first,
-                known=call.global_experts, EXPERTS=call.experts, TOPK=call.topk,
+                topk_ids=self._given("topk_ids", by_token=True), expert_map=self._if_given("expert_map"),
+                num_tokens=self._if_given("num_tokens"), slots=self.slots, routes=self.sorted_routes,
+                offsets=self.offsets, routes_total=self.routes, ids_stride=call.topk_ids.stride(0),
+                first_token=self.first, known=call.global_experts, EXPERTS=call.experts, TOPK=call.topk,
                 N=FEW_ROUTES if self.routes <= FEW_ROUTES else ROUTES_PER_STEP,
             ),
             dict(num_warps=8),
@@ -106,7 +108,7 @@ class _Part:
             (call.experts + self.tokens * parts,),
             dict(
                 x=self._given("hidden_states", by_token=True, codes=scale is not None),
-                x_scale=self._given("hidden_states_scale", by_token=True, codes=True),
+                x_scale=self._if_given("hidden_states_scale", by_token=True, codes=True),
                 slots=self.slots, offsets=self.offsets, rows=self.rows, rows_scale=self.rows_scale,
                 tiles=self.tile_list, x_stride=call.hidden_states.stride(0),
                 x_scale_stride=0 if scale is None else scale.stride(0), tiles_bound=self.tiles_bound,
@@ -126,9 +128,10 @@ class _Part:
         w = self._given(name, codes=True)
         descriptors = tile.descriptors and self.target.descriptors and call.layout == "row_major" and not self.scaled
         descriptors = descriptors and weight.data_ptr() % 16 == 0
+        x_from, w_from = x, w
         if descriptors:
-            x = Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, block_k))
-            w = Descriptor(
+            x_from = Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, block_k))
+            w_from = Descriptor(
                 w, (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
                 (1, halves, tile.block_n, block_k),
             )  # fmt: skip
@@ -150,8 +153,8 @@ class _Part:
             grouped_gemm_kernel,
             (self.tiles_bound * triton.cdiv(n, block_n),),
             dict(
-                x=x, x_scale=x_scale, w=w, w_scale=self._given(f"{name}_scale", codes=True),
-                bias=self._given(f"{name}_bias"), out=out, out_scale=out_scale, tiles=self.tile_list,
+                x=x_from, x_scale=x_scale, w=w_from, w_scale=self._given(f"{name}_scale", codes=True),
+                bias=self._if_given(f"{name}_bias"), out=out, out_scale=out_scale, tiles=self.tile_list,
                 offsets=self.offsets, routes=self.sorted_routes,
                 topk_weights=self._given("topk_weights", by_token=True) if weighted else None,
                 weights_stride=call.topk_weights.stride(0) if weighted else 0,
@@ -172,6 +175,7 @@ class _Part:
 
     def _combine(self) -> Launch:
         call = self.call
+        assert call.out is not None
         return Launch(
             combine_kernel,
             (self.tokens * triton.cdiv(call.hidden, COLUMNS_PER_PROGRAM),),

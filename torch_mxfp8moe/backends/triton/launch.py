@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,6 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .targets import INTERPRETED, Target
@@ -91,7 +91,8 @@ class _Address:
 class Launch:
     """One launch of a Triton kernel."""
 
-    kernel: JITFunction
+    kernel: Any
+    """A ``triton.JITFunction``."""
     grid: tuple[int, ...]
     arguments: dict
     """By parameter name: operands and descriptors (or, bound, tensors), numbers and constants."""
@@ -213,7 +214,8 @@ class Plan:
         if self._ready is None:
             self._ready = self._prepare(op, memory, target)
         addresses = {name: x.data_ptr() for name, x in memory.items()}
-        stream = driver.active.get_current_stream(device.index)
+        active: Any = driver.active  # a GPUDriver, which its base does not say
+        stream = active.get_current_stream(device.index)
         for launch in self._ready:
             launch.run(addresses, stream)
 
@@ -246,8 +248,9 @@ def offline(target: Target):
     else:
         gpu = GPUTarget("hip", target.arch, 64)
     with _offline:
-        before = driver._active  # None if nobody needed a driver yet; reset_active() would look for a GPU
-        driver.set_active(_OfflineDriver(gpu))
+        before: Any = driver._active  # None if nobody needed a driver yet; reset_active() would look for a GPU
+        stand_in: Any = _OfflineDriver(gpu)
+        driver.set_active(stand_in)
         try:
             yield
         finally:

@@ -16,6 +16,8 @@ import importlib
 import inspect
 import logging
 
+__all__ = ["QUANTIZATION", "register"]
+
 logger = logging.getLogger("vllm.plugins.torch_mxfp8moe")  # below "vllm", whose handlers vLLM sets up
 
 QUANTIZATION = "mxfp8moe"
@@ -85,8 +87,8 @@ def _register_moe_backend() -> str | None:
         classes = kernel_classes(backend)
         return [Mxfp8MoeExperts, *classes] if backend is row_major else classes
 
-    with_ours.torch_mxfp8moe = True
-    oracle._mxfp8_backend_to_kernel_cls = with_ours
+    setattr(with_ours, "torch_mxfp8moe", True)
+    setattr(oracle, "_mxfp8_backend_to_kernel_cls", with_ours)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
@@ -29,7 +30,7 @@ def say_once(level: int, text: str) -> None:
 
 def swiglu(
     activation: MoEActivation, alpha: float | None, beta: float | None, limit: float | None
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """vLLM's activation as the arguments of ``fused_moe``.
 
     SILU ignores alpha and beta, as all of vLLM's kernels do; SWIGLUOAI_UNINTERLEAVE has them, 1 and 0 where they are
