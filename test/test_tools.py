@@ -10,7 +10,7 @@ from helpers import HERE, only_cpu
 from pages import ROOT
 
 TOOLS = ROOT / "tools"
-PROGRAMS = sorted(path for path in TOOLS.rglob("*.py") if "__main__" in path.read_text())
+PROGRAMS = sorted(path for path in TOOLS.rglob("*.py") if '__name__ == "__main__"' in path.read_text())
 
 pytestmark = [only_cpu, pytest.mark.skipif(not TOOLS.exists(), reason="needs the source tree")]
 
