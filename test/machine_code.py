@@ -35,6 +35,7 @@ class Code:
     text: str
     """PTX, or AMD's assembly."""
     ttir: str
+    """Empty for a Gluon kernel."""
     registers: int
     """Of a thread; on AMD GPUs vector registers, accumulation registers included."""
     stack: int
@@ -85,7 +86,7 @@ def read(kernel, arch: str) -> Code:
         stack = _one(r"\.private_segment_fixed_size: +(\d+)", text) + 4 * _one(r"\.vgpr_spill_count: +(\d+)", text)
         scalars = _one(r"\.sgpr_spill_count: +(\d+)", text)
     return Code(
-        arch=arch, text=text, ttir=kernel.asm["ttir"], registers=registers, stack=stack, scalars=scalars,
+        arch=arch, text=text, ttir=kernel.asm.get("ttir", ""), registers=registers, stack=stack, scalars=scalars,
         shared=kernel.metadata.shared, warps=kernel.metadata.num_warps, matrix=tuple(re.findall(ANY_MMA, text)),
     )  # fmt: skip
 

@@ -23,8 +23,10 @@ SHAPE = {"hidden": 64, "intermediate": 32, "experts": 4, "topk": 2, "tiles": [LA
 def test_a_shipped_file_obeys_the_rules(path):
     config = configs.parse(path.name, json.loads(path.read_text()))
     for rules in (config.tiles, *config.shapes.values()):
-        limits = [tiles.rows_per_expert for tiles in rules]
-        assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
+        for programs in (False, True):
+            limits = [tiles.rows_per_expert for tiles in rules if (tiles.gemm1.programs > 0) == programs]
+            assert programs or limits[-1] is None
+            assert limits[:-1] == sorted(set(limits[:-1]))
         for tiles in rules:
             for gemm in (tiles.gemm1, tiles.gemm2):
                 assert gemm.num_warps >= 4  # with less, no matrix unit takes whole blocks: bf16 instructions instead
@@ -83,6 +85,26 @@ def test_any_sizes_are_served_and_more_tokens_take_no_smaller_tile(
     assert few == configs.choose(arch, dtype, tokens=tokens, **sizes)
 
 
+def with_programs(rows_per_expert, block_m: int = 64, **others) -> dict:
+    tiles = dict(num_warps=4, block_k=64, num_stages=3, programs=2) | others
+    gemm1, gemm2 = ({"block_n": n * tiles["num_warps"]} | tiles for n in (16, 32))
+    return {"rows_per_expert": rows_per_expert, "block_m": block_m, "gemm1": gemm1, "gemm2": gemm2}
+
+
+def test_rules_with_programs_are_for_those_who_can(monkeypatch):
+    rules = [RULE, with_programs(30, 64), with_programs(None, 128), RULE | {"rows_per_expert": 20, "block_m": 32}, LAST]
+    config = configs.parse("here", {"tiles": rules})
+    monkeypatch.setattr(configs, "load", lambda *_: config)
+
+    def chosen(tokens, warp_specialized):
+        sizes = dict(tokens=tokens, topk=1, experts=1, hidden=256, intermediate=256)
+        tiles = configs.choose("any", "mxfp8", **sizes, warp_specialized=warp_specialized)
+        return tiles.block_m, tiles.gemm1.programs
+
+    assert [chosen(T, False) for T in (16, 17, 21)] == [(16, 0), (32, 0), (16, 0)]
+    assert [chosen(T, True) for T in (16, 17, 30, 31, 10**9)] == [(16, 0), (64, 2), (64, 2), (128, 2), (128, 2)]
+
+
 def wrong(change) -> str:
     """What is said about a file with two rules and a shape after ``change`` to it."""
     data = json.loads(json.dumps({"tiles": [RULE, LAST], "shapes": [SHAPE]}))
@@ -128,6 +150,37 @@ def test_rules_that_do_not_serve_everything():
     assert_expected_inline(
         wrong(lambda data: data["shapes"][0]["tiles"].clear()),
         """file.json, shape (64, 32, 4, 2): there is no rule; it takes one or more""",
+    )
+
+
+def test_rules_with_programs_that_do_not_fit():
+    def said(*rules):
+        return wrong(lambda data: data.update(tiles=list(rules)))
+
+    assert_expected_inline(
+        said(RULE, with_programs(None)),
+        """file.json: the last rule has programs; it serves every call, so it takes none""",
+    )
+    assert_expected_inline(
+        said(with_programs(None), with_programs(30), LAST),
+        """file.json, rule 1: rows_per_expert is 30; it takes rising numbers, and null in the last rule""",
+    )
+    assert_expected_inline(
+        said(with_programs(30) | {"gemm2": GEMM}, LAST),
+        """file.json, rule 0: with programs in one gemm they are in both, and block_m is 16 to 128""",
+    )
+    assert_expected_inline(
+        said(with_programs(30, 256), LAST),
+        """file.json, rule 0: with programs in one gemm they are in both, and block_m is 16 to 128""",
+    )
+    assert_expected_inline(
+        said(with_programs(30, programs=9), LAST), """file.json, rule 0, gemm1: programs is 9; it takes 0 to 8"""
+    )
+    assert_expected_inline(
+        said(with_programs(30, block_k=128), LAST),
+        """\
+file.json, rule 0, gemm1: num_warps, block_n and block_k are (4, 64, 128); \
+with programs it takes [(4, 64, 64), (8, 128, 64)]""",
     )
 
 

@@ -27,8 +27,9 @@ if _interpreted():
 
 import machine_code  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import plan  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import plan, warp_specialized  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
+from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import BUFFER_OFFSETS_WRAP, compile_offline  # noqa: E402
 
 ARCHS = tuple(machine_code.SHARED)
@@ -97,6 +98,10 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
             except AssertionError as error:
                 tile = {name: arguments[name] for name in ("GATE_UP", "BLOCK_M", "BLOCK_N", "BLOCK_K", "N", "K")}
                 raise AssertionError(f"{tile} {launch.options}: {error}") from None
+        elif launch.kernel is warpgroup_gemm_kernel:
+            machine_code.check_gemm(code, scaled=False, descriptors=True)
+            programs = (1 << 16) // (launch.options["maxnreg"] * 32 * code.warps)
+            assert programs * code.shared <= machine_code.SHARED[arch], f"{programs} do not fit: {code.summary}"
         else:
             machine_code.check(code)
     return codes
@@ -106,9 +111,12 @@ def gemm_cases():
     """(arch, rule, activation dtype, layout, shape) of everything that this scope compiles."""
     for arch, dtype in product(ARCHS, ("mxfp8", "bf16")):
         rules = configs.load(arch, dtype).tiles
-        for (rule, _), layout, shape in product(enumerate(rules), torch_mxfp8moe.LAYOUTS, SHAPES):
+        for (rule, tiles), layout, shape in product(enumerate(rules), torch_mxfp8moe.LAYOUTS, SHAPES):
             sizes = SHAPES[shape]
             if torch_mxfp8moe.LAYOUTS[layout].why_not(2 * sizes["I"], sizes["H"], True):
+                continue
+            call = moe(**sizes, layout=layout, activation_dtype=dtype)
+            if tiles.gemm1.programs and not warp_specialized(call, Target(arch)):
                 continue
             last = rule == len(rules) - 1
             if layout != "row_major":  # the architecture it is made for, and one more
@@ -128,7 +136,8 @@ def test_products(arch, rule, dtype, layout, shape, record_property):
     """Both products of a layer, with the tiles that are shipped."""
     call = moe(**SHAPES[shape], layout=layout, activation_dtype=dtype)
     both = launches(call, arch, configs.load(arch, dtype).tiles[rule])[2:4]
-    assert {launch.kernel for launch in both} == {grouped_gemm_kernel}
+    programs = configs.load(arch, dtype).tiles[rule].gemm1.programs
+    assert {launch.kernel for launch in both} == {warpgroup_gemm_kernel if programs else grouped_gemm_kernel}
     stack = 0
     if layout == "aiter_gfx950" and not arch.startswith("gfx"):
         stack = 512  # weights in another GPU's layout are served, without the descriptors that the tiles are made for

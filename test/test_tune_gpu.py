@@ -658,7 +658,7 @@ def test_compiling_in_processes(cache):
     invalid = dataclasses.replace(good, gemm2=key(tune_gpu.PARTNER | {"block_n": 48}))
     done = dict(compile_all([invalid, crashing, good], jobs=1))
     assert done[good] == "" and done[crashing] == "the compiler ended with exit status 3"
-    assert done[invalid].startswith("ValueError: candidate, rule 0, gemm2: block_n is 48")
+    assert done[invalid].startswith("ValueError: candidate, gemm2: block_n is 48")
     assert dict(compile_all([endless], 1, seconds=1.0)) == {endless: "did not end in 1 s"}
     files = set(cache.rglob("*"))
     assert sum(path.suffix == ".cubin" for path in files) == 1  # one kernel for both token counts

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 import machine_code  # noqa: E402
 from shapes import rows  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import plan  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import plan, warp_specialized  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 from torch_mxfp8moe.backends.triton.targets import Target  # noqa: E402
 
@@ -24,10 +24,12 @@ ROWS = ("MiniMax-M3 TP4", "gpt-oss-120b TP1")
 
 
 def products(arch: str, dtype: str, tiles: configs.Tiles) -> list[list[machine_code.Code]]:
-    """Of each row of ROWS, the code of both products."""
+    """Of each row of ROWS that the kernel takes, the code of both products."""
     target, result = Target(arch), []
     for name in ROWS:
         call = rows()[name].call(64, "meta", activation_dtype=dtype, out_dtype=torch.bfloat16).with_out()
+        if tiles.gemm1.programs and not warp_specialized(call, target):
+            continue
         launches = plan(call, target, tiles).bind(call.inputs | {"out": call.out}, call.device)[2:4]
         result.append([machine_code.read(kernel, arch) for kernel in compile_offline(launches, target)])
     return result
@@ -53,6 +55,8 @@ def main() -> None:
                     instruction = both[0].matrix[0].rstrip(".").split(".cta_group")[0].replace(".sync.aligned", "")
                     weight_rows = tile.block_n * (2 if i == 0 else 1)
                     options = "".join(f", {name} {value}" for name, value in tile.options.items())
+                    if tile.programs:
+                        options += f", warp-specialized, {tile.programs} at a time"
                     cells = (
                         arch, "both" if alike else dtype, i + 1,
                         f"{tiles.block_m} x {weight_rows} x {tile.block_k}, {tile.num_warps} warps, "

@@ -255,6 +255,8 @@ def row_table(name: str, searches: list[Search]) -> str:
 def write(args, journal: Journal) -> None:
     """The tile file from the results."""
     old = json.loads(args.out.read_text()) if args.out.exists() else None
+    if old and any(tiles.gemm1.programs for tiles in configs.parse(args.out.name, old).tiles):
+        sys.exit(f"{args.out} has rules with programs, which are not tuned here and would be lost: name another --out")
     table = tuning.Table(journal.results)
     if not any(table.best(point) for point in table.times):
         sys.exit(f"nothing to write: {args.journal} has no usable result")

@@ -77,8 +77,7 @@ def normal(part: Json) -> Json:
 
 def tiles_of(rule: Json, gemm1: Json, gemm2: Json) -> Tiles:
     """Raises ValueError where ``configs`` does not take them."""
-    data = {LIMIT: None, **rule, "gemm1": gemm1, "gemm2": gemm2}
-    return configs.parse("candidate", {"tiles": [data]}).tiles[0]
+    return configs.rule("candidate", {LIMIT: None, **rule, "gemm1": gemm1, "gemm2": gemm2})
 
 
 def key(tile: Json) -> str:

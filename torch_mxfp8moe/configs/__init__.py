@@ -11,11 +11,14 @@ that is another matrix instruction::
 
 Of the rules of a shape, or those of ``tiles`` if the shape is not listed, the first one serves a call whose
 tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
-null there and serves the rest. The choice depends on shapes only, never on where tokens are routed. Keys that GEMM has
-beyond those shown are handed to Triton's compiler as options. ``tools/tune_gpu.py`` writes these files.
+null there and serves the rest. Rules whose GEMMs have ``programs`` (sm_90) are for calls that
+:func:`..backends.triton.fused_moe.warp_specialized` admits; others pass over them. The choice depends on shapes and
+dtypes only, never on where tokens are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to Triton's
+compiler as options. ``tools/tune_gpu.py`` writes these files.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,6 +40,9 @@ class Gemm:
     num_stages: int
     descriptors: bool = False
     """Load through tensor descriptors (TMA)."""
+    programs: int = 0
+    """Not 0: of the warp-specialized kernel, of which a multiprocessor runs that many programs at a time. num_warps,
+    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, block_k 64."""
     options: dict = field(default_factory=dict, hash=False)
 
 
@@ -66,7 +72,7 @@ def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> 
     return value
 
 
-def _gemm(where: str, data: dict) -> Gemm:
+def _gemm(where: str, data: dict, rows_a_warp: int) -> Gemm:
     data = dict(data)
     tile = Gemm(
         block_n=_power_of_two(where, "block_n", data.pop("block_n", None), 32, 256),
@@ -74,30 +80,53 @@ def _gemm(where: str, data: dict) -> Gemm:
         num_warps=_power_of_two(where, "num_warps", data.pop("num_warps", None), 1, 16),
         num_stages=data.pop("num_stages", None),
         descriptors=data.pop("descriptors", False),
+        programs=data.pop("programs", 0),
         options=data,
     )
     if type(tile.num_stages) is not int or not 1 <= tile.num_stages <= 8:
         raise ValueError(f"{where}: num_stages is {tile.num_stages!r}; it takes 1 to 8")
     if not isinstance(tile.descriptors, bool):
         raise ValueError(f"{where}: descriptors is {tile.descriptors!r}; it takes true or false")
+    if type(tile.programs) is not int or not 0 <= tile.programs <= 8:
+        raise ValueError(f"{where}: programs is {tile.programs!r}; it takes 0 to 8")
+    if tile.programs:
+        sizes = tile.num_warps, tile.block_n, tile.block_k
+        takes = [(warps, rows_a_warp * warps, 64) for warps in (4, 8)]
+        if sizes not in takes:
+            raise ValueError(f"{where}: num_warps, block_n and block_k are {sizes}; with programs it takes {takes}")
     return tile
 
 
+def rule(where: str, data: dict) -> Tiles:
+    """One rule, checked by itself; ``where`` is its name in errors."""
+    if set(data) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
+        raise ValueError(f"{where}: has the keys {sorted(data)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
+    block_m = _power_of_two(where, "block_m", data["block_m"], 16, 256)
+    gemm1, gemm2 = _gemm(f"{where}, gemm1", data["gemm1"], 16), _gemm(f"{where}, gemm2", data["gemm2"], 32)
+    if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and block_m > 128:
+        raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 16 to 128")
+    return Tiles(data["rows_per_expert"], block_m, gemm1, gemm2)
+
+
 def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
-    result, before = [], 0.0
-    for i, rule in enumerate(rules):
+    result = []
+    before = {False: 0.0, True: 0.0}  # the last limit of rules without programs, and of those with
+    for i, data in enumerate(rules):
         here = f"{where}, rule {i}"
-        if set(rule) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
-            raise ValueError(f"{here}: has the keys {sorted(rule)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
-        rows = rule["rows_per_expert"]
-        last = i == len(rules) - 1
-        if rows is not None if last else type(rows) not in (int, float) or not rows > before:
+        tiles = rule(here, data)
+        rows, specialized, last = tiles.rows_per_expert, tiles.gemm1.programs > 0, i == len(rules) - 1
+        if rows is None:
+            fits = last or specialized and before[True] < math.inf
+        else:
+            fits = not last and type(rows) in (int, float) and rows > before[specialized]
+        if not fits:
             raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
-        before = rows or before
-        block_m = _power_of_two(here, "block_m", rule["block_m"], 16, 256)
-        result.append(Tiles(rows, block_m, *(_gemm(f"{here}, {g}", rule[g]) for g in ("gemm1", "gemm2"))))
+        before[specialized] = math.inf if rows is None else rows
+        result.append(tiles)
     if not result:
         raise ValueError(f"{where}: there is no rule; it takes one or more")
+    if result[-1].gemm1.programs:
+        raise ValueError(f"{where}: the last rule has programs; it serves every call, so it takes none")
     return tuple(result)
 
 
@@ -126,11 +155,15 @@ def load(arch: str, activation_dtype: str = "mxfp8") -> Config:
 
 
 def choose(
-    arch: str, activation_dtype: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int
-) -> Tiles:
-    """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over."""
+    arch: str, activation_dtype: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int,
+    warp_specialized: bool = False,
+) -> Tiles:  # fmt: skip
+    """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over. ``warp_specialized``:
+    the kernel of that name takes the call."""
     config = load(arch, activation_dtype)
     for tiles in config.shapes.get((hidden, intermediate, experts, topk), config.tiles):
+        if tiles.gemm1.programs and not warp_specialized:
+            continue
         if tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts:
             return tiles
     raise AssertionError("the last rule has no limit")

@@ -11,10 +11,11 @@ from ...configs import Gemm, Tiles
 from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
+from .hopper import warpgroup_gemm_kernel
 from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
-from .targets import Target
+from .targets import Target, multiprocessors
 
 LARGEST_WORKSPACE = 1 << 30
 """Bytes of intermediates, about, beyond which a call takes its tokens in parts."""
@@ -41,6 +42,8 @@ class _Part:
         self.tiles_bound = tiles_bound(self.routes, call.experts, tiles.block_m)
         self.weight_on_input = call.apply_router_weight_on_input
         self.workspace = 0
+        self.specialized = tiles.gemm1.programs > 0
+        """Whether the products are those of :mod:`.hopper`."""
 
         row_dtype = torch.uint8 if self.scaled else target.operand
         term_dtype = torch.float32 if call.result_dtype is torch.float32 else torch.bfloat16
@@ -77,11 +80,12 @@ class _Part:
         return None if getattr(self.call, name) is None else self._given(name, **how)
 
     def launches(self) -> list[Launch]:
+        gemm = self._specialized_gemm if self.specialized else self._gemm
         return [
             self._route(),
             self._dispatch(),
-            self._gemm(self.tiles.gemm1, self.rows, self.rows_scale, "w1", True),
-            self._gemm(self.tiles.gemm2, self.inner, self.inner_scale, "w2", False),
+            gemm(self.tiles.gemm1, self.rows, self.rows_scale, "w1", True),
+            gemm(self.tiles.gemm2, self.inner, self.inner_scale, "w2", False),
             self._combine(),
         ]
 
@@ -113,8 +117,45 @@ class _Part:
                 tiles=self.tile_list, x_stride=call.hidden_states.stride(0),
                 x_scale_stride=0 if scale is None else scale.stride(0), tiles_bound=self.tiles_bound,
                 H=call.hidden, EXPERTS=call.experts, EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK=call.topk,
-                BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", N=BLOCKS_PER_PROGRAM,
+                BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
+                N=BLOCKS_PER_PROGRAM,
             ),
+        )  # fmt: skip
+
+    def _ending(self, gate_up: bool) -> dict:
+        """What a product's kernel is told of what follows the product."""
+        call = self.call
+        weighted = gate_up and self.weight_on_input
+        limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
+        return dict(
+            offsets=self.offsets, tiles=self.tile_list, routes=self.sorted_routes,
+            topk_weights=self._given("topk_weights", by_token=True) if weighted else None,
+            weights_stride=call.topk_weights.stride(0) if weighted else 0,
+            alpha=rounded_to_fp32(call.swiglu_alpha), beta=rounded_to_fp32(call.swiglu_beta), limit=limit,
+            GATE_UP=gate_up, MXFP8=gate_up and call.activation_dtype == "mxfp8",
+            LIMITED=gate_up and math.isfinite(limit),
+        )  # fmt: skip
+
+    def _specialized_gemm(self, tile: Gemm, x: Operand, x_scale: Operand | None, name: str, gate_up: bool) -> Launch:
+        experts, rows, columns = getattr(self.call, name).shape
+        halves = 2 if gate_up else 1
+        n, block_n = rows // halves, 32 * tile.num_warps // halves
+        count = self.tiles_bound * triton.cdiv(n, block_n)
+        threads = 32 * (tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
+        return Launch(
+            warpgroup_gemm_kernel,
+            (min(count, tile.programs * multiprocessors(self.call.device)),),
+            dict(
+                x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
+                w=Descriptor(
+                    self._given(name, codes=True), (experts, halves, n, columns),
+                    (rows * columns, n * columns, columns, 1), (1, halves, block_n, 64), swizzle=64,
+                ),
+                w_scale=self._given(f"{name}_scale", codes=True), bias=self._if_given(f"{name}_bias"),
+                out=self.inner if gate_up else self.terms, count=count, **self._ending(gate_up), K=columns, N=n,
+                BLOCK_M=self.tiles.block_m, STAGES=tile.num_stages,
+            ),
+            dict(num_warps=tile.num_warps, maxnreg=2**16 // (tile.programs * threads) // 8 * 8, **tile.options),
         )  # fmt: skip
 
     def _gemm(self, tile: Gemm, x: Operand, x_scale: Operand | None, name: str, gate_up: bool) -> Launch:
@@ -146,24 +187,16 @@ class _Part:
         block_n = tile.block_n
         if x_left and block_n > 64 and n < 2 * block_n and -n % block_n >= block_n // 2:
             block_n //= 2  # less work than with a last tile that is half empty, where there is but one before it
-        weighted = gate_up and self.weight_on_input
-        limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
         return Launch(
             grouped_gemm_kernel,
             (self.tiles_bound * triton.cdiv(n, block_n),),
             dict(
                 x=x_from, x_scale=x_scale, w=w_from, w_scale=self._given(f"{name}_scale", codes=True),
-                bias=self._if_given(f"{name}_bias"), out=out, out_scale=out_scale, tiles=self.tile_list,
-                offsets=self.offsets, routes=self.sorted_routes,
-                topk_weights=self._given("topk_weights", by_token=True) if weighted else None,
-                weights_stride=call.topk_weights.stride(0) if weighted else 0,
-                alpha=rounded_to_fp32(call.swiglu_alpha), beta=rounded_to_fp32(call.swiglu_beta), limit=limit,
-                K=columns, N=n,
+                bias=self._if_given(f"{name}_bias"), out=out, out_scale=out_scale,
+                **self._ending(gate_up), K=columns, N=n,
                 **order("", layout.weight[gate_up], (experts, rows, columns)),
                 **order("SCALE_", layout.scale[gate_up], scale_shape),
-                GATE_UP=gate_up, MXFP8=gate_up and call.activation_dtype == "mxfp8",
-                LIMITED=gate_up and math.isfinite(limit),
                 SCALED=self.scaled, X_LEFT=x_left, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
                 DESCRIPTORS=descriptors,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUPS=groups,
@@ -188,12 +221,33 @@ class _Part:
         )  # fmt: skip
 
 
+def warp_specialized(call: FusedMoe, target: Target) -> bool:
+    """Whether the kernel of :mod:`.hopper` takes the call.
+
+    It is made for more. These are the calls that it has been run with on an H100 (docs/gpu.md): mxfp8 activations, a
+    result of 16 bits, no biases, routing weights on the output, K a multiple of 256 in both products.
+    """
+    tensors = call.w1, call.w2, call.w1_scale, call.w2_scale
+    return (
+        target.capability == 90
+        and call.layout == "row_major"
+        and call.activation_dtype == "mxfp8"
+        and call.result_dtype is not torch.float32
+        and call.hidden % 256 == call.intermediate % 256 == 0
+        and call.w1_bias is None
+        and call.w2_bias is None
+        and not call.apply_router_weight_on_input
+        and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    )
+
+
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     """What computes ``call`` and all calls of the same kind; ``tiles`` instead of the configured ones."""
     if tiles is None:
         tiles = configs.choose(
             target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,
             intermediate=call.intermediate, experts=max(call.experts, call.global_experts), topk=call.topk,
+            warp_specialized=warp_specialized(call, target),
         )  # fmt: skip
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)

@@ -66,12 +66,20 @@ class Descriptor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
+    swizzle: int = 0
+    """For a Gluon kernel, which is told how shared memory is laid out: the width of the swizzle, in bytes."""
 
-    def of(self, base) -> TensorDescriptor:
-        """``base``: a tensor, or an :class:`_Address`."""
-        return TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block))
+    def of(self, base) -> Any:
+        """Triton's descriptor, or Gluon's. ``base``: a tensor, or an :class:`_Address`."""
+        whole = base, list(self.shape), list(self.strides), list(self.block)
+        if not self.swizzle:
+            return TensorDescriptor(*whole)
+        from triton.experimental import gluon
 
-    def tensor(self, memory: dict[str, torch.Tensor]) -> TensorDescriptor:
+        layout = gluon.language.NVMMASharedLayout(self.swizzle, 8 * base.dtype.itemsize, len(self.shape))
+        return gluon.nvidia.hopper.TensorDescriptor(*whole, layout)
+
+    def tensor(self, memory: dict[str, torch.Tensor]) -> Any:
         return self.of(self.operand.tensor(memory))
 
 

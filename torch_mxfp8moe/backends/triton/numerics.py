@@ -60,7 +60,7 @@ def scale_byte(amax, ROUNDING: tl.constexpr):
     """Bits of amax, int32 of any shape -> E8M0 byte, int32. ROUNDING as in :func:`..reference.scale_bytes`."""
     if ROUNDING == "rceil":
         exponent = (amax >> 23) - MAX_EXPONENT
-        limit = tl.zeros_like(amax)
+        limit = amax & 0  # zeros, in Gluon as well
         for i in tl.static_range(RCEIL_STEPS):
             limit = tl.where(exponent >= RCEIL_FROM[i], RCEIL_EXCESS[i], limit)
         up = (exponent >= 0) & ((amax & 0x7FFFFF) - MAX_MANTISSA > limit)

@@ -9,6 +9,7 @@ copies them to their slots, so that the products read and write contiguous rows.
 import triton
 import triton.language as tl
 
+from .memory import to_product_order
 from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
 
 
@@ -97,13 +98,13 @@ def dispatch_kernel(
     x, x_scale, slots, offsets, rows, rows_scale, tiles,
     x_stride: "i64", x_scale_stride: "i64", tiles_bound: "i32",
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
-    MXFP8: tl.constexpr, N: tl.constexpr,
+    MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..E-1 list the tiles [tiles_bound, 2] of their experts (-1: none); each other one takes N blocks of a
     token of x [T, H], rounds them and copies them to the slots of the token's routes.
 
     x_scale: of x that is MXFP8 already, or None. MXFP8: round to MXFP8, else to bf16. Rows are written as codes and
-    rows_scale if there is one, else as bf16, times HELD_TIMES.
+    rows_scale if there is one, else as bf16, times HELD_TIMES; IN_PRODUCT_ORDER: H is, and a multiple of 64.
     """
     pid = tl.program_id(0)
     if pid < EXPERTS:
@@ -133,10 +134,16 @@ def dispatch_kernel(
                 result = decode(code) * HELD_TIMES * factor(byte)[:, None]
             else:
                 result = cast(cast(values, tl.bfloat16), tl.float32) * HELD_TIMES
+            result = result.to(rows.dtype.element_ty)
+            if IN_PRODUCT_ORDER:
+                result = to_product_order(result)
+                index = (pid - EXPERTS) % parts * (N * BLOCK) + tl.arange(0, N // 2)[:, None] * 64
+                index += tl.arange(0, 64)[None, :]
+                within = index < H
             for k in tl.static_range(TOPK):
                 slot = tl.load(slots + token * TOPK + k).to(tl.int64)
                 if slot >= 0:
-                    tl.store(rows + slot * H + index, result.to(rows.dtype.element_ty), mask=within)
+                    tl.store(rows + slot * H + index, result, mask=within)
                     if rows_scale is not None:
                         tl.store(rows_scale + slot * (H // BLOCK) + block, byte.to(tl.uint8), mask=block_within)
 

@@ -1,6 +1,7 @@
 """What the kernels need to know of an architecture."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -63,3 +64,9 @@ def target_of(device: torch.device) -> Target:
         return Target(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
     major, minor = torch.cuda.get_device_capability(device)
     return Target(f"sm_{10 * major + minor}")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's for tensors without one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,0 +1,102 @@
+"""On sm_90: the product in which one warp loads, with tiles that small calls would not get, against the reference."""
+
+import pytest
+import torch
+
+from gpu import needs_gpu, on_gpu
+from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes, same_bytes
+from torch_mxfp8moe import configs, dispatch, reference
+from torch_mxfp8moe.configs import Gemm, Tiles
+
+pytestmark = [
+    needs_gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 GPU"
+    ),
+]
+
+
+def gemm(rows_a_warp: int, warps: int, stages: int, programs: int) -> Gemm:
+    return Gemm(rows_a_warp * warps, 64, warps, stages, True, programs)
+
+
+TILES = {
+    f"{block_m} slots, {first}, {second}": Tiles(None, block_m, gemm(16, *first), gemm(32, *second))
+    for block_m, first, second in (
+        (128, (4, 3, 2), (4, 4, 2)),
+        (128, (8, 4, 1), (8, 5, 1)),
+        (64, (4, 4, 2), (4, 3, 2)),
+        (32, (4, 2, 2), (4, 2, 3)),
+        (16, (8, 3, 2), (4, 5, 4)),
+    )
+}
+CASES = {
+    "plain": (dict(), dict()),
+    "bf16 activations": (dict(), dict(activation_dtype="bf16")),
+    "fp32": (dict(dtype=torch.float32, weight_dtype=torch.bfloat16), dict()),
+    "MXFP8 input": (dict(scaled=True), dict(out_dtype=torch.float32)),
+    "biases and limits": (
+        dict(bias_dtype=torch.float32), dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.5)
+    ),
+    "router weight on the input": (dict(K=1, bias_dtype=torch.bfloat16), dict(apply_router_weight_on_input=True)),
+    "expert map": (dict(G=9, id_dtype=torch.int64), dict()),
+    "smallest": (dict(H=64, I=64, E=1, K=1), dict()),
+    "steps of all kinds": (dict(H=320, I=192), dict()),
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiles(request, monkeypatch):
+    """These for every call."""
+    monkeypatch.setattr(configs, "choose", lambda *args, **kwargs: TILES[request.param])
+    dispatch._kinds.clear()
+    yield TILES[request.param]
+    dispatch._kinds.clear()
+
+
+@pytest.mark.parametrize("tiles", TILES, indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_like_the_reference(case, tiles):
+    """Every element, for experts with few and many tokens; the same bits each time."""
+    sizes, options = CASES[case]
+    for T in (1, 7, 70, 300):
+        inputs = on_gpu(moe_inputs(**dict(T=T, H=512, I=256, E=5, K=2) | sizes, seed=T))
+        if "G" in sizes:
+            entries = torch.tensor([3, -1, 0, 4, 7, 1, -5, -1, 2], dtype=torch.int32, device="cuda")
+            inputs |= dict(expert_map=entries, num_tokens=torch.tensor(T - T // 5, dtype=torch.int32, device="cuda"))
+        got = OPS.fused_moe(**inputs, **options, backend="triton")
+        assert_agrees(got, reference.fused_moe(**inputs, **options))
+        for _ in range(3):
+            assert same_bytes(got, OPS.fused_moe(**inputs, **options, backend="triton"))
+
+
+@pytest.mark.parametrize("K", (64, 128, 256, 2048))
+@pytest.mark.parametrize("column", (0, 37))
+def test_every_code_with_every_scale(K, column):
+    """A weight's row holds one code; what it is multiplied with is 1, so that the product is its value."""
+    from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel
+    from torch_mxfp8moe.backends.triton.launch import Descriptor, Launch, Operand
+    from torch_mxfp8moe.backends.triton.memory import PRODUCT_ORDER
+
+    E, N = 64, 1024
+    codes = torch.zeros(E, 1, N, K, dtype=torch.uint8, device="cuda")
+    scale = random_bytes(E, N, K // 32, high=255).cuda()
+    value = torch.arange(2**16, device="cuda").view(E, N)
+    codes[:, 0, :, K - 64 + column] = (value % 256).to(torch.uint8)
+    scale[:, :, (K - 64 + column) // 32] = (value // 256).to(torch.uint8)
+    position = sum((column >> bit & 1) << 5 - i for i, bit in enumerate(PRODUCT_ORDER))
+    x = torch.zeros(E, K, dtype=torch.bfloat16, device="cuda")
+    x[:, K - 64 + position] = 8.0
+    out = torch.full((E, N), -7.0, device="cuda")
+    experts = torch.arange(E + 1, dtype=torch.int32, device="cuda")
+    arguments = dict(
+        x=Descriptor(Operand("x", x.dtype), (E, K), (K, 1), (16, 64), swizzle=128).of(x),
+        w=Descriptor(Operand("w", codes.dtype), codes.shape, codes.stride(), (1, 1, 128, 64), swizzle=64).of(codes),
+        w_scale=scale, bias=None, out=out, tiles=torch.stack((experts[:-1], experts[:-1]), 1).contiguous(),
+        offsets=experts, routes=experts, topk_weights=None, count=E * N // 128, weights_stride=0, alpha=1.0, beta=0.0,
+        limit=0.0, K=K, N=N, GATE_UP=False, MXFP8=False, LIMITED=False, BLOCK_M=16, STAGES=3,
+    )  # fmt: skip
+    Launch(warpgroup_gemm_kernel, (100,), arguments, dict(num_warps=4, maxnreg=128)).run()
+    data = codes[:, 0, :, K - 64 + column].contiguous().view(torch.float8_e4m3fn)
+    want = reference.dequantize_1x32(codes.view(E, N, K).view(data.dtype), scale, torch.float32)[:, :, K - 64 + column]
+    assert_equal(out, (want / 8).bfloat16().float() * 8)  # held divided by 8: the smallest lose their last bits

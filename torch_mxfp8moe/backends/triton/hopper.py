@@ -1,0 +1,381 @@
+"""The grouped matrix product on sm_90: one warp loads, one or two warpgroups multiply.
+
+The same product as :mod:`.gemm`'s ``upcast``, with the same operands and results, written in Gluon, where Triton leaves
+the order of things to us. What it does beyond the plain kernel:
+
+- A loader warp keeps a ring of tiles full by TMA, so that no other warp waits for an address or a barrier of the block.
+- A warpgroup has two products of 64 weight rows under way. While the matrix unit works on one, the other's weights
+  become bf16 in registers, in five instructions a pair, from codes that a lane reads 16 at a time.
+- A lane's 16 codes are neighbours in memory, which the matrix instruction's operand is not: the product runs over K in
+  another order within each 64, ``PRODUCT_ORDER``, in which the activations are stored.
+- The rest of an expert that fills at most half a tile takes a product of half the width.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import constexpr_function
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .memory import PRODUCT_ORDER, in_product_order
+from .numerics import BLOCK, HELD_TIMES, SCALE_NAN, factor, scale_byte
+
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.7
+
+COLUMNS = tl.constexpr(64)
+"""Of K in a stage."""
+
+
+@constexpr_function
+def _row_steps(rows, permuted):
+    """How far apart in the weight those rows of a tile are whose positions differ in bit 0, 1, ..."""
+    within = [1 << (PRODUCT_ORDER[5 - bit] if permuted else bit) for bit in range(6)]
+    return within + [1 << bit for bit in range(6, rows.bit_length() - 1)]
+
+
+@constexpr_function
+def _blocks_layout(rows, permuted):
+    """[rows, 2, 32], rows by MXFP8 blocks: what a lane must hold of a tile of codes, for the matrix instruction's left
+    operand, if K is in product order; ``permuted``: and rows as well."""
+    row = [[step, 0, 0] for step in _row_steps(rows, permuted)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], row[3]],
+        lane_bases=[[0, 0, 16], [0, 1, 0], *row[:3]],
+        warp_bases=row[4:],
+        block_bases=[],
+        shape=[rows, 2, 32],
+    )
+
+
+@constexpr_function
+def _codes_layout(rows, permuted):
+    """The same of [rows, 64]."""
+    row = [[step, 0] for step in _row_steps(rows, permuted)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], row[3]],
+        lane_bases=[[0, 16], [0, 32], *row[:3]],
+        warp_bases=row[4:],
+        block_bases=[],
+        shape=[rows, 64],
+    )
+
+
+_UPCAST = gl.constexpr(
+    """{
+    .reg .b16 low, high, h0, h1, h2, h3;
+    .reg .b32 first, second;
+    .reg .f32 f0, f1, f2, f3;
+    mov.b32 {low, high}, $2;
+    cvt.rn.f16x2.e4m3x2 first, low;
+    cvt.rn.f16x2.e4m3x2 second, high;
+    mov.b32 {h0, h1}, first;
+    mov.b32 {h2, h3}, second;
+    cvt.f32.f16 f0, h0;
+    cvt.f32.f16 f1, h1;
+    cvt.f32.f16 f2, h2;
+    cvt.f32.f16 f3, h3;
+    cvt.rn.bf16x2.f32 first, f1, f0;
+    cvt.rn.bf16x2.f32 second, f3, f2;
+    mul.bf16x2 $0, first, $3;
+    mul.bf16x2 $1, second, $4;
+    }"""
+)
+"""Four codes, as their values times four bf16. Each step but the last is exact, and keeps NaN."""
+
+
+@gluon.jit
+def _scale_value(byte):
+    """E8M0 bytes, int32 -> 2^(byte - 127) / HELD_TIMES in bf16, exactly; NaN for 255."""
+    gl.static_assert(HELD_TIMES == 8.0)
+    bits = gl.where(byte > 3, (byte - 3) << 7, 8 << byte)  # a subnormal from 3 down
+    bits = gl.where(byte == SCALE_NAN, 0x7FC0, bits)
+    return bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
+
+
+@gluon.jit
+def _upcast(codes, byte, PERMUTED: gl.constexpr, LAYOUT: gl.constexpr):
+    """Codes [rows, 64], scale bytes [rows, 2] -> their values, divided by HELD_TIMES, in bf16, [rows, 64] with K, and
+    rows if PERMUTED, in product order."""
+    rows: gl.constexpr = codes.shape[0]
+    codes = gl.reshape(codes, (rows, 2, 32))
+    codes = gl.convert_layout(codes, _blocks_layout(rows, PERMUTED), assert_trivial=True)
+    scale = gl.expand_dims(_scale_value(byte), 2)
+    codes, scale = gl.broadcast(codes, scale)
+    value = gl.inline_asm_elementwise(
+        _UPCAST, "=r,=r,r,r,r", [codes, scale], dtype=gl.bfloat16, is_pure=True, pack=4
+    )  # fmt: skip
+    if PERMUTED:
+        value = gl.reshape(value, (rows // 64, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2))
+        value = gl.permute(value, (0, 3, 4, 5, 1, 2, 6, 9, 10, 11, 7, 8, 12))
+    else:
+        value = gl.permute(gl.reshape(value, (rows, 2, 2, 2, 2, 2, 2)), (0, 3, 4, 5, 1, 2, 6))
+    return gl.convert_layout(gl.reshape(value, (rows, 64)), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _load(
+    x, w, ring, tiles, count,
+    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+):  # fmt: skip
+    """The loader: for each tile of this program, the operands of all its stages."""
+    x_ring, w_ring, full, empty = ring
+    column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    stage = 0
+    phase = 1
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        tile = index // column_tiles
+        expert = gl.load(tiles + 2 * tile)
+        if expert >= 0:
+            first = gl.load(tiles + 2 * tile + 1)
+            n = index % column_tiles * BLOCK_N
+            for k in range(0, K, COLUMNS):
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(full.index(stage), BYTES)
+                load_async(w, [expert, 0, n, k], full.index(stage), w_ring.index(stage))
+                load_async(x, [first, k], full.index(stage), x_ring.index(stage))
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
+
+
+@gluon.jit
+def _scale_words(
+    w_scale, expert, row, GROUP: gl.constexpr, ROWS: gl.constexpr, K: gl.constexpr, WORD: gl.constexpr,
+    PERMUTED: gl.constexpr,
+):  # fmt: skip
+    """Where the scale bytes of GROUP rows begin, from ``row`` on, of the ROWS of an expert's weight: [GROUP, 2], twice
+    the same, as words of type WORD."""
+    layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
+    rows = row + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
+    rows = gl.where(rows < ROWS, rows, 0)
+    scales = w_scale + expert.to(gl.int64) * (ROWS * (K // BLOCK)) + rows * (K // BLOCK)
+    twice = gl.expand_dims(scales.to(gl.pointer_type(WORD), bitcast=True), 1)
+    return twice + gl.zeros([GROUP, 2], gl.int32, layout)
+
+
+@gluon.jit
+def _multiply(
+    ring, scales0, scales1, stage, phase,
+    K: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
+    PERMUTED: gl.constexpr,
+):  # fmt: skip
+    """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
+    stages."""
+    x_ring, w_ring, full, empty = ring
+    TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, M, 16]
+    )
+    LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOTAL, k_width=2)
+    CODES: gl.constexpr = _codes_layout(GROUP, PERMUTED)
+    LAST: gl.constexpr = K // (COLUMNS * STEPS) - 1
+    total0 = gl.zeros([GROUP, M], gl.float32, TOTAL)
+    total1 = warpgroup_mma_init(gl.zeros([GROUP, M], gl.float32, TOTAL))
+    left1 = gl.zeros([GROUP, COLUMNS], gl.bfloat16, LEFT)
+    # Of a stage's two bytes a lane needs that of its block: it is shifted to the end of each 16 bits.
+    layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
+    shift = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)) * 8, 0)
+    word0 = gl.load(scales0)
+    word1 = gl.load(scales1)
+    for i in range(LAST + 1):
+        next0 = gl.load(scales0 + gl.minimum(i + 1, LAST))
+        next1 = gl.load(scales1 + gl.minimum(i + 1, LAST))
+        word0 = word0 >> shift
+        word1 = word1 >> shift
+        for step in gl.static_range(STEPS):
+            mbarrier.wait(full.index(stage), phase)
+            right = x_ring.index(stage).slice(0, M).permute((1, 0))
+            codes = w_ring.index(stage).reshape((2 * GROUP, COLUMNS))
+            codes0 = codes.slice(0, GROUP).load(CODES)
+            codes1 = codes.slice(GROUP, GROUP).load(CODES)
+            # left0 and left1 are handed through the waits, since the matrix unit reads them until then.
+            left0 = _upcast(codes0, (word0 >> 16 * step).to(gl.int32) & 0xFF, PERMUTED, LEFT)
+            total0 = warpgroup_mma(left0, right, total0, is_async=True)
+            total1, left1 = warpgroup_mma_wait(1, [total1, left1])
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1, pred=i + step > 0)
+            left1 = _upcast(codes1, (word1 >> 16 * step).to(gl.int32) & 0xFF, PERMUTED, LEFT)
+            total1 = warpgroup_mma(left1, right, total1, is_async=True)
+            total0, left0 = warpgroup_mma_wait(1, [total0, left0])
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        word0 = next0
+        word1 = next1
+    total1, left1 = warpgroup_mma_wait(0, [total1, left1])
+    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+    return total0, total1, stage, phase
+
+
+@gluon.jit
+def _with_bias(total, bias, row, rows, PERMUTED: gl.constexpr):
+    """total [rows of a tile, M] + what its rows have in bias [rows]; ``row``: the first one."""
+    position = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, total.type.layout))
+    if PERMUTED:
+        position = in_product_order(position)
+    row += position
+    return total + gl.load(bias + gl.where(row < rows, row, 0)).to(gl.float32)[:, None]
+
+
+@gluon.jit
+def _mxfp8(value):
+    """value [N, M] fp32, rows in product order -> rounded to MXFP8 in blocks of 32 rows, times HELD_TIMES."""
+    # In product order bit 2 tells one block of 64 rows from the other.
+    blocks = gl.reshape(value, (value.shape[0] // 64, 8, 2, 4, value.shape[1]))
+    bits = blocks.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+    byte = scale_byte(gl.max(gl.max(bits, axis=3), axis=1), "rceil")
+    byte = gl.expand_dims(gl.expand_dims(byte, 1), 3)
+    scaled = blocks * ((254 - byte) << 23).to(gl.float32, bitcast=True)
+    code = scaled.to(gl.float8e4nv).to(gl.float32)
+    result = gl.where(byte == SCALE_NAN, float("nan"), code * (factor(byte) * HELD_TIMES))
+    return gl.convert_layout(gl.reshape(result, value.shape), value.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _store(out, value, first, end, column, N: gl.constexpr):
+    """value [columns, M], transposed, to out [R, N] from slot ``first`` and ``column`` on; ``end`` is where another
+    expert's slots begin."""
+    C: gl.constexpr = value.shape[0]
+    M: gl.constexpr = value.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [C // 16, 1], [1, 0])
+    value = gl.convert_layout(gl.permute(value, (1, 0)), layout)
+    slot = first + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+    columns = column + gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+    within = (slot < end)[:, None] & (columns < N)[None, :]
+    gl.store(out + (slot.to(gl.int64)[:, None] * N + columns[None, :]), value, mask=within)
+
+
+@gluon.jit
+def _finish(
+    total0, total1, ending, expert, first, end, column,
+    N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
+):  # fmt: skip
+    """What becomes of a tile's products, as in :func:`.gemm.grouped_gemm_kernel`."""
+    bias, out, routes, topk_weights, weights_stride, alpha, beta, limit = ending
+    if GATE_UP:
+        if BIASED:
+            bias += expert.to(gl.int64) * (2 * N)
+            total0 = _with_bias(total0, bias, column, N, True)
+            total1 = _with_bias(total1, bias + N, column, N, True)
+        if WEIGHTED:
+            slot = first + gl.arange(0, total0.shape[1], layout=gl.SliceLayout(0, total0.type.layout))
+            route = gl.load(routes + slot, mask=slot < end, other=0).to(gl.int64)
+            weight = gl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(gl.float32)
+            total0 *= weight[None, :]
+            total1 *= weight[None, :]
+        if LIMITED:  # comparisons that keep NaN
+            total0 = gl.where(total0 > limit, limit, total0)
+            total1 = gl.where(total1 > limit, limit, gl.where(total1 < -limit, -limit, total1))
+        result = total0 / (1.0 + gl.exp(-alpha * total0)) * (total1 + beta)
+        result = _mxfp8(result) if MXFP8 else result.to(gl.bfloat16).to(gl.float32) * HELD_TIMES
+        _store(out, result.to(gl.bfloat16), first, end, column, N)
+    else:
+        if BIASED:
+            bias += expert.to(gl.int64) * N
+            total0 = _with_bias(total0, bias, column, N, False)
+            total1 = _with_bias(total1, bias, column + total0.shape[0], N, False)
+        _store(out, total0.to(out.dtype.element_ty), first, end, column, N)
+        _store(out, total1.to(out.dtype.element_ty), first, end, column + total0.shape[0], N)
+
+
+@gluon.jit
+def _tile(
+    ring, w_scale, ending, expert, first, end, n, stage, phase,
+    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
+):  # fmt: skip
+    """A tile of M slots; the next stage and phase."""
+    rows: gl.constexpr = 2 * N if GATE_UP else N
+    other = n + (N if GATE_UP else GROUP)
+    STEPS: gl.constexpr = 4 if K % 256 == 0 else 2 if K % 128 == 0 else 1
+    WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
+    scales0 = _scale_words(w_scale, expert, n, GROUP, rows, K, WORD, GATE_UP)
+    scales1 = _scale_words(w_scale, expert, other, GROUP, rows, K, WORD, GATE_UP)
+    total0, total1, stage, phase = _multiply(ring, scales0, scales1, stage, phase, K, M, GROUP, STAGES, STEPS, GATE_UP)
+    _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED)
+    return stage, phase
+
+
+@gluon.jit
+def _compute(
+    ring, w_scale, ending, tiles, offsets, count,
+    K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr,
+    WEIGHTED: gl.constexpr,
+):  # fmt: skip
+    """The other warps: each tile of this program."""
+    column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    stage = 0
+    phase = 0
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        tile = index // column_tiles
+        expert = gl.load(tiles + 2 * tile)
+        if expert >= 0:
+            first = gl.load(tiles + 2 * tile + 1)
+            end = gl.load(offsets + expert + 1)
+            n = index % column_tiles * BLOCK_N
+            if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
+                stage, phase = _tile(
+                    ring, w_scale, ending, expert, first, end, n, stage, phase,
+                    K, N, BLOCK_M // 2, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                )  # fmt: skip
+            else:
+                stage, phase = _tile(
+                    ring, w_scale, ending, expert, first, end, n, stage, phase,
+                    K, N, BLOCK_M, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["weights_stride", "count"], do_not_specialize_on_alignment=["topk_weights"])
+def warpgroup_gemm_kernel(
+    x, w, w_scale, bias, out, tiles, offsets, routes, topk_weights, count: "i32",
+    weights_stride: "i64", alpha: "fp32", beta: "fp32", limit: "fp32",
+    K: gl.constexpr, N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Each program takes every num_programs-th of ``count`` tiles: BLOCK_M slots of one expert by 16 output columns for
+    each warp (GATE_UP) or 32.
+
+    x: a descriptor of rows [R, K] bf16, times HELD_TIMES, K in product order; w: one of codes [E, 2, N, K] (GATE_UP) or
+    [E, 1, N, K], with w_scale [E, 2 N or N, K/32]; the rest as in :func:`.gemm.grouped_gemm_kernel`. GATE_UP: N of out
+    is in product order.
+    """
+    GROUP: gl.constexpr = 16 * gl.num_warps()
+    HALVES: gl.constexpr = 2 if GATE_UP else 1
+    BLOCK_N: gl.constexpr = 2 * GROUP // HALVES
+    BYTES: gl.constexpr = BLOCK_M * COLUMNS * 2 + 2 * GROUP * COLUMNS
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, COLUMNS], x.layout)
+    w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, 1, HALVES, BLOCK_N, COLUMNS], w.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    BIASED: gl.constexpr = bias is not None
+    WEIGHTED: gl.constexpr = topk_weights is not None
+    ring = (x_ring, w_ring, full, empty)
+    ending = (
+        bias if BIASED else w_scale, out, routes, topk_weights if WEIGHTED else w_scale,
+        weights_stride, alpha, beta, limit,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (
+                _compute,
+                (
+                    ring, w_scale, ending, tiles, offsets, count,
+                    K, N, BLOCK_M, BLOCK_N, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                ),
+            ),
+            (_load, (x, w, ring, tiles, count, K, N, BLOCK_N, STAGES, BYTES)),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
