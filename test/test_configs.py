@@ -177,6 +177,10 @@ def test_rules_with_programs_that_do_not_fit():
         said(with_programs(30, programs=9), LAST), """file.json, rule 0, gemm1: programs is 9; it takes 0 to 8"""
     )
     assert_expected_inline(
+        said(with_programs(30, num_stages=1), LAST),
+        """file.json, rule 0, gemm1: num_stages is 1; with programs it takes 2 to 8""",
+    )
+    assert_expected_inline(
         said(with_programs(30, block_k=128), LAST),
         """\
 file.json, rule 0, gemm1: num_warps, block_n and block_k are (4, 64, 128); \

@@ -94,6 +94,8 @@ def _gemm(where: str, data: dict, rows_a_warp: int) -> Gemm:
         takes = [(warps, rows_a_warp * warps, 64) for warps in (4, 8)]
         if sizes not in takes:
             raise ValueError(f"{where}: num_warps, block_n and block_k are {sizes}; with programs it takes {takes}")
+        if tile.num_stages < 2:  # a stage is given back when the next one is at work
+            raise ValueError(f"{where}: num_stages is {tile.num_stages}; with programs it takes 2 to 8")
     return tile
 
 

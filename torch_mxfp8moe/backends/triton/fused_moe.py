@@ -11,7 +11,6 @@ from ...configs import Gemm, Tiles
 from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
-from .hopper import warpgroup_gemm_kernel
 from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
@@ -137,6 +136,8 @@ class _Part:
         )  # fmt: skip
 
     def _specialized_gemm(self, tile: Gemm, x: Operand, x_scale: Operand | None, name: str, gate_up: bool) -> Launch:
+        from .hopper import warpgroup_gemm_kernel  # other GPUs' builds of Triton need not have what it imports
+
         experts, rows, columns = getattr(self.call, name).shape
         halves = 2 if gate_up else 1
         n, block_n = rows // halves, 32 * tile.num_warps // halves
