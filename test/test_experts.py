@@ -476,6 +476,60 @@ def test_an_update_is_vectorised_over_experts(layout, high_precision):
     assert counts[0] == counts[1] and any("mxfp8moe" in n or "copy_" in n for n in counts[0])
 
 
+class Moved(TorchDispatchMode):
+    """The element size of whatever is copied with strides or by index, and what is quantised."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.quantised = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        source = args[1] if name == "copy_" else args[0] if args else None
+        strided = name in ("copy_", "contiguous", "flatten") and not source.is_contiguous()
+        if strided or name in ("index", "index_copy_"):
+            self.sizes.append(source.element_size())
+        if name == "quantize_1x32":
+            self.quantised.append(source)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_rearranged_moves_in_words(layout):
+    """Not byte by byte, which is slow on a GPU: interleaved rows, parts of the intermediate size, experts by id."""
+    weights, _ = layer(I=256)
+    part = dict(tp_rank=1, tp_size=2)
+    other = {name: interleaved(x) if name.startswith("w1") else x for name, x in weights.items()}
+    backwards = {name: x.view(torch.uint8).flip(0).view(x.dtype) for name, x in weights.items()}
+    cases = (
+        (dict(weights), {}, part),
+        (other, dict(gate_up_order="interleaved"), {}),
+        (other, dict(gate_up_order="interleaved"), part),
+        (backwards, dict(experts=[3, 2, 1, 0]), {}),
+        ({name: x[::2].contiguous() for name, x in backwards.items()}, dict(experts=[3, 1]), {}),
+    )
+    for given, options, split in cases:
+        want = Mxfp8Experts.from_weights(**weights, layout=layout, **split)
+        module = Mxfp8Experts.from_weights(**weights, layout=layout, **split)
+        with Moved() as moved:
+            module.update_weights(**given, **options)
+        assert same_buffers(module, want)
+        assert moved.sizes and min(moved.sizes) >= 4, (options, split, moved.sizes)  # scales of I = 128: 4 bytes a row
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_interleaved_rows_are_quantised_where_they_lie(layout):
+    """One stride describes the rows that an op is given, so that no kernel has to copy them first."""
+    w1, w2 = randn(4, 256, 256, dtype=torch.bfloat16), randn(4, 256, 128, dtype=torch.bfloat16)
+    module = Mxfp8Experts.from_weights(w1, w2, layout=layout)
+    want = Mxfp8Experts.from_weights(torch.cat([w1[:, ::2], w1[:, 1::2]], 1), w2, layout=layout)
+    with Moved() as moved:
+        module.update_weights(w1, w2, gate_up_order="interleaved")
+    assert same_buffers(module, want)
+    assert [x.data_ptr() for x in moved.quantised] == [w1.data_ptr(), w2.data_ptr()]
+    assert all(x.is_contiguous() for x in moved.quantised)
+
+
 def test_updates_in_and_out_of_inference_mode():
     weights, _ = layer()
     with torch.inference_mode():

@@ -433,7 +433,9 @@ class Mxfp8Experts(nn.Module):
         """Write new weights into the buffers, whose storage stays: captured graphs compute with the new ones.
 
         Takes what :meth:`from_weights` takes, on any device; what is not given stays. Vectorised over experts: one
-        pass over the weights (MXFP8), or one to quantise and one to write.
+        pass over the weights (MXFP8), or one to quantise and one to write. Queued on the current stream: the host does
+        not wait, but where there is an ``expert_map``, which it reads. So what is given stays as it is until the
+        stream has passed, tensors in pinned memory too.
 
         Args:
             experts: which experts the rows are: None for all G, or all G + S; an id (tensors then have no dimension
@@ -544,17 +546,21 @@ class Mxfp8Experts(nn.Module):
 
     def _write_weight(self, name: str, data: Tensor, scale: Tensor | None, rows, slots, scale_rounding, new_on) -> None:
         gate_up, device = _WEIGHTS[name], new_on or self.get_buffer(name).device
-        data = data[_on(rows, data)].to(device, non_blocking=True)
+        data = _rows(data, rows).to(device, non_blocking=True)
         if scale is None:
-            data, scale = quantize_1x32(data if data.stride(-1) == 1 else data.contiguous(), scale_rounding)
-            data = data.view(torch.uint8)
+            # Interleaved rows are quantised in the order in which they lie: kernels copy what no one stride describes.
+            turned = gate_up and data.stride(1) < data.stride(2)
+            lies = data.transpose(1, 2) if turned else data
+            lies, scale = quantize_1x32(lies if lies.stride(-1) == 1 else lies.contiguous(), scale_rounding)
+            lies = lies.view(torch.uint8)
+            data, scale = (x.transpose(1, 2) for x in (lies, scale)) if turned else (lies, scale)
         else:
-            scale = scale[_on(rows, scale)].to(device, non_blocking=True)
+            scale = _rows(scale, rows).to(device, non_blocking=True)
         shape, scale_name = self._shape(self.layout, gate_up), f"{name}_scale"
         row_major = self.layout == ROW_MAJOR.name
         if not row_major or new_on:
             # As checkpoints hold them; views where they lie so.
-            data, scale = ((x.flatten(1, 2) if gate_up else x).contiguous() for x in (data, scale))
+            data, scale = (_contiguous(x).flatten(1, 2) if gate_up else _contiguous(x) for x in (data, scale))
         if new_on:
             if row_major:  # memory of their own, not a part of something larger
                 data, scale = (x if x.nbytes == x.untyped_storage().nbytes() else x.clone() for x in (data, scale))
@@ -594,7 +600,7 @@ class Mxfp8Experts(nn.Module):
             return
         if new_on:
             buffer = self._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=new_on)
-        bias = bias[_on(rows, bias)].to(buffer.device, buffer.dtype, non_blocking=True)
+        bias = _rows(bias, rows).to(buffer.device, buffer.dtype, non_blocking=True)
         if name == "w1_bias":
             bias = F.pad(bias, (0, buffer.shape[1] // 2 - bias.shape[-1])).flatten(1)
         _put(buffer, slots, bias)
@@ -798,14 +804,36 @@ class Mxfp8Experts(nn.Module):
         return ", ".join(parts)
 
 
-def _on(index, tensor: Tensor):
-    """An index tensor on the device of the tensor that it indexes; a slice as it is."""
-    return index if isinstance(index, slice) else index.to(tensor.device)
+def _words(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of bytes as the widest integers that all of their rows divide into. What PyTorch copies with strides or
+    by index it copies element by element, on a GPU one byte at a time if that is what an element is."""
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        size = dtype.itemsize
+        if all(
+            x.itemsize == 1 and x.stride(-1) == 1
+            and not any(n % size for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+            for x in tensors
+        ):  # fmt: skip
+            return tuple(x.view(dtype) for x in tensors)
+    return tensors
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """``x.contiguous()``."""
+    return _words(x)[0].contiguous().view(x.dtype)
+
+
+def _rows(tensor: Tensor, index) -> Tensor:
+    """``tensor[index]``, by a slice or by an index tensor on any device."""
+    if isinstance(index, slice):
+        return tensor[index]
+    return _words(tensor)[0][index.to(tensor.device, non_blocking=True)].view(tensor.dtype)
 
 
 def _put(out: Tensor, index, values: Tensor) -> None:
-    """out[index] = values, bytes or biases."""
+    """out[index] = values, of one dtype or bytes both."""
+    out, values = _words(out, values)
     if isinstance(index, slice):
         out[index].copy_(values)
     else:
-        out.index_copy_(0, index.to(out.device), values.contiguous())
+        out.index_copy_(0, index.to(out.device, non_blocking=True), values.contiguous())
