@@ -1,7 +1,7 @@
 """The rows of shapes.csv, one rank's experts of real models, at full size: weights, activations, routing, calls."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,6 +27,16 @@ class Row:
     shared: bool
     """The last expert is a fused shared one: every token goes there at weight 1."""
     options: dict
+
+    def smaller(self, shrink: int = 1, experts: int | None = None) -> "Row":
+        """The row with H and I divided by ``shrink``, and with at most so many local experts and global ones."""
+        sizes = {}
+        if shrink > 1:
+            for name in ("hidden", "intermediate"):
+                sizes[name] = max(64, getattr(self, name) // shrink // 64 * 64)
+        if experts is not None:
+            sizes |= {name: min(experts, getattr(self, name)) for name in ("experts", "local", "topk")}
+        return replace(self, **sizes)
 
     def weights(self, device: str = "cuda") -> dict:
         """Expert weights, biases and expert map; scales vary from block to block."""

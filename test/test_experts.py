@@ -508,11 +508,11 @@ def test_what_is_rearranged_moves_in_words(layout):
         (backwards, dict(experts=[3, 2, 1, 0]), {}),
         ({name: x[::2].contiguous() for name, x in backwards.items()}, dict(experts=[3, 1]), {}),
     )
-    for given, options, split in cases:
+    for source, options, split in cases:
         want = Mxfp8Experts.from_weights(**weights, layout=layout, **split)
         module = Mxfp8Experts.from_weights(**weights, layout=layout, **split)
         with Moved() as moved:
-            module.update_weights(**given, **options)
+            module.update_weights(**source, **options)
         assert same_buffers(module, want)
         assert moved.sizes and min(moved.sizes) >= 4, (options, split, moved.sizes)  # scales of I = 128: 4 bytes a row
 

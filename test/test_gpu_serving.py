@@ -6,7 +6,7 @@ import torch
 import torch_mxfp8moe
 from gpu import needs_gpu, on_gpu
 from helpers import OPS, aot_inductor_why_not, assert_agrees, moe_inputs, run_python, same_bytes
-from torch_mxfp8moe import reference
+from torch_mxfp8moe import LAYOUTS, Mxfp8Experts, reference
 from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.backends.triton import BACKEND
 
@@ -154,6 +154,84 @@ def test_every_op_is_captured():
         assert same_bytes(out[0], want[0]) and same_bytes(out[1], want[1])
 
 
+def module_weights(seed: int, high_precision: bool) -> dict:
+    """Of a layer of 6 experts, H 256, I 96, with biases, on the GPU."""
+    inputs = on_gpu(moe_inputs(H=256, I=96, E=6, bias_dtype=torch.bfloat16, seed=seed))
+    weights = {name: x for name, x in inputs.items() if name.startswith("w")}
+    if high_precision:
+        for name in ("w1", "w2"):
+            weights[name] = OPS.dequantize_1x32(weights[name], weights.pop(f"{name}_scale"), dtype=torch.bfloat16)
+    return weights
+
+
+def cloned(weights: dict) -> dict:
+    """For a module that updates shall not write through to ``weights``."""
+    return {name: x.clone() for name, x in weights.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("high_precision", (False, True), ids=("mxfp8", "bf16"))
+@pytest.mark.parametrize("where", ("cuda", "cpu", "pinned"))
+def test_a_graph_honours_update_weights(layout, high_precision, where):
+    """All experts, one of them, some out of order: the replay gives the updated module's eager bits, and those of a
+    new module. New weights may lie on the host."""
+    tokens = on_gpu(moe_inputs(T=33, H=256, I=96, E=6, K=3))
+    tokens = {name: x for name, x in tokens.items() if not name.startswith("w")}
+    weights = module_weights(0, high_precision)
+    module = Mxfp8Experts.from_weights(**cloned(weights), layout=layout, **GPT_OSS)
+    out = torch.empty(33, 256, dtype=torch.bfloat16, device="cuda")
+    with torch.no_grad():
+        graph = captured(lambda: module(**tokens, out=out))
+        for seed, ids in enumerate((None, [4], [5, 0, 2]), 1):
+            rows = list(range(6)) if ids is None else ids
+            fresh = module_weights(seed, high_precision)
+            given = {name: x.view(torch.uint8)[rows].view(x.dtype) for name, x in fresh.items()}
+            for name, x in given.items():
+                weights[name].view(torch.uint8)[rows] = x.view(torch.uint8)
+            if where != "cuda":
+                given = {name: x.cpu() for name, x in given.items()}
+            if where == "pinned":
+                given = {name: x.pin_memory() for name, x in given.items()}
+            graph.replay()
+            before = out.clone()
+            module.update_weights(**given, experts=ids)
+            out.fill_(float("nan"))
+            graph.replay()
+            assert same_bytes(out, module(**tokens))
+            assert same_bytes(out, Mxfp8Experts.from_weights(**cloned(weights), layout=layout, **GPT_OSS)(**tokens))
+            assert not same_bytes(out, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("high_precision", (False, True), ids=("mxfp8", "bf16"))
+def test_an_update_is_queued_and_captured(layout, high_precision):
+    """It waits for nothing, whatever experts are named, so that a graph may hold it as well."""
+    weights, fresh = module_weights(0, high_precision), module_weights(1, high_precision)
+    module = Mxfp8Experts.from_weights(**cloned(weights), layout=layout)
+    updates = (
+        fresh,
+        fresh | dict(gate_up_order="interleaved"),
+        fresh | dict(experts=[5, 4, 3, 2, 1, 0]),
+        {name: x[:2] for name, x in fresh.items()} | dict(experts=[3, 1]),
+        {name: x.cpu().pin_memory() for name, x in fresh.items()},
+    )
+    for given in updates:
+        module.update_weights(**given)  # whatever is compiled
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for given in updates:
+            module.update_weights(**given)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = captured(lambda: module.update_weights(**fresh))
+    want = Mxfp8Experts.from_weights(**cloned(fresh), layout=layout)
+    module.update_weights(**weights)
+    graph.replay()
+    for name, x in module.named_buffers():
+        assert same_bytes(x, want.get_buffer(name)), name
+
+
 def test_captured_on_a_stream_of_ones_own_into_a_slice():
     static = sample(20)
     buffer = torch.zeros(24, 400, dtype=torch.bfloat16, device="cuda")
@@ -278,7 +356,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from gpu import on_gpu
 from helpers import OPS, moe_inputs, same_bytes
-from torch_mxfp8moe import reference
+from torch_mxfp8moe import LAYOUTS, Mxfp8Experts, reference
 
 cases = [on_gpu(moe_inputs(T=T, H=96, I=96, E=5, K=3, seed=T)) for T in (1, 33)]
 want = [reference.fused_moe(**inputs, out_dtype=torch.float32) for inputs in cases]

@@ -142,7 +142,7 @@ def on_rank(rank: int, n: int, args, store: str, out: str) -> None:
     timer = Timer(group, device, args.repeat)
     results = []
     for name in args.rows:
-        row = scaled(rows()[name], args.shrink)
+        row = rows()[name].smaller(args.shrink)
         torch.manual_seed(0)
         weights = row.weights(str(device))
         for T in args.tokens:
@@ -174,14 +174,6 @@ def on_rank(rank: int, n: int, args, store: str, out: str) -> None:
         Path(out).write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def scaled(row, shrink: int):
-    """The row with H and I divided by ``shrink``."""
-    if shrink == 1:
-        return row
-    hidden, intermediate = (max(64, size // shrink // 64 * 64) for size in (row.hidden, row.intermediate))
-    return dataclasses.replace(row, hidden=hidden, intermediate=intermediate)
 
 
 @dataclasses.dataclass(frozen=True)

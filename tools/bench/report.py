@@ -1,4 +1,4 @@
-"""What bench_gpu.py writes: figures as CSV, tables, the comparison with Humming, a picture."""
+"""What bench_gpu.py writes: figures as CSV (other programs' too), tables, the comparison with Humming, a picture."""
 
 import csv
 import math
@@ -43,15 +43,15 @@ class Figure:
 
 
 class Csv:
-    """A CSV file to which every figure is written as soon as there is one."""
+    """A CSV file to which every figure, a dataclass of type ``kind``, is written as soon as there is one."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, kind: type = Figure):
         self.file = path and path.open("w", newline="")
         if self.file:
-            self.writer = csv.DictWriter(self.file, [field.name for field in fields(Figure)])
+            self.writer = csv.DictWriter(self.file, [field.name for field in fields(kind)])
             self.writer.writeheader()
 
-    def write(self, figures: list[Figure]) -> None:
+    def write(self, figures: list) -> None:
         if self.file:
             self.writer.writerows(asdict(figure) for figure in figures)
             self.file.flush()
