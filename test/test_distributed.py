@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import device
 import torch_mxfp8moe
@@ -409,6 +411,59 @@ def test_shards_are_slices_of_the_weights():
     assert message == "tensor_parallel_range: an intermediate size of 48 is given; it takes a multiple of 32"
     message = error_of(lambda: sharding.expert_parallel_range(4, 2, 2))
     assert message == "expert_parallel_map: ep_rank is 2; it takes 0 to ep_size - 1, 1"
+
+
+# --- the host
+
+
+class Host(TorchDispatchMode):
+    """The operations of a call by name, and after how many of them the host read a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.reads = [], []
+
+    def __enter__(self):
+        tolist = torch.Tensor.tolist
+        self.patch = mock.patch.object(torch.Tensor, "tolist", lambda x: self.reads.append(len(self.names)) or tolist(x))
+        self.patch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.patch.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(func):
+            self.reads.append(len(self.names))
+        self.names.append(func.name().split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def on_the_host(group, device, path):
+    function, call, _ = bind(path, to(device, layer(T=12)), group, [6, 6])
+    with torch.inference_mode():
+        function(**call)
+        with Host() as host:
+            function(**call)
+    return host.reads, host.names
+
+
+@two_ranks
+def test_exact_alltoall_reads_once_when_all_else_is_queued(ranks):
+    """The device works while the host waits for the split sizes; what is left to queue then depends on them. The other
+    paths read nothing. No rank masks rows for shared experts where there are none."""
+    for path in PATHS:
+        for reads, names in ranks(on_the_host, path=path):
+            assert len(reads) == (path == "alltoall"), path
+            if reads:
+                after = names[reads[0] :]
+                assert "fused_moe" in after and after.count("all_to_all_single") == 2
+                early = {"cat", "pad", "sort.stable", "sort", "scatter.src", "cumsum", "quantize_1x32", "arange", "full"}
+                assert early & set(names) and not early & set(after)
+                assert len(after) <= 28, after
+            if path in ("allreduce", "tp"):
+                assert not {"arange", "remainder.Scalar", "where.ScalarOther"} & set(names), path
 
 
 # --- graphs of a compiler

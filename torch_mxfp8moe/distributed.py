@@ -25,6 +25,7 @@ one rank. The last ``num_shared_experts`` ids are shared experts fused into the 
 last local experts; each of their routes is computed once, by the rank whose token it is.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -109,6 +110,10 @@ class _Tokens(NamedTuple):
         return _Tokens(x, scale[0] if scale else None, topk_weights, topk_ids)
 
 
+Mine = Callable[[torch.Tensor], torch.Tensor]
+"""Of row numbers [R], the mask of those that are this rank's. Asked only where shared experts make it matter."""
+
+
 def _without_routes(rows: torch.Tensor, count: int) -> torch.Tensor:
     """``rows`` with ``count`` more behind them that have no routes."""
     return F.pad(rows, (0, 0, 0, count), value=255)
@@ -144,13 +149,14 @@ def _tokens(
 
 
 def _shared_once(
-    topk_ids: torch.Tensor, mine: torch.Tensor, expert_map: torch.Tensor, num_shared_experts: int
+    topk_ids: torch.Tensor, mine: Mine, expert_map: torch.Tensor, num_shared_experts: int
 ) -> torch.Tensor:
-    """ids [R, K] without the routes to shared experts in rows that are not ``mine`` [R], a mask."""
+    """ids [R, K] without the routes to shared experts in rows that are not ``mine``."""
     if not num_shared_experts:
         return topk_ids
     routed = expert_map.shape[0] - num_shared_experts
-    return topk_ids.where(mine.unsqueeze(-1) | (topk_ids < routed), -1)
+    row = torch.arange(topk_ids.shape[0], device=topk_ids.device)
+    return topk_ids.where(mine(row).unsqueeze(-1) | (topk_ids < routed), -1)
 
 
 def _checked(
@@ -162,7 +168,8 @@ def _checked(
     tensors = (hidden_states, w1, w1_scale, w2, w2_scale, topk_weights, topk_ids)
     out_dtype, scaled = options["out_dtype"], options.get("hidden_states_scale") is not None
     if not torch.compiler.is_compiling():
-        FusedMoe(*tensors, **options).check()
+        call = FusedMoe(*tensors, **options)
+        call.check_once() if type(hidden_states) is torch.Tensor else call.check()
     elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError("the distributed fused_moe is inference only, but an input requires a gradient")
     return out_dtype or (torch.bfloat16 if scaled else hidden_states.dtype)
@@ -238,8 +245,8 @@ Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """A rank's w1, w1_scale, w2 and w2_scale."""
 
 
-def _partial(tokens: _Tokens, mine: torch.Tensor, weights: Weights, expert_map, num_shared_experts, options):
-    """This rank's part of the sum, [R, H], for tokens of all ranks, of which ``mine`` [R] are this rank's."""
+def _partial(tokens: _Tokens, mine: Mine, weights: Weights, expert_map, num_shared_experts, options):
+    """This rank's part of the sum, [R, H], for tokens of all ranks, of which ``mine`` are this rank's."""
     ids = _shared_once(tokens.topk_ids, mine, expert_map, num_shared_experts)
     return ops.fused_moe(
         tokens.hidden_states,
@@ -324,9 +331,9 @@ def fused_moe_ep_allgather(
         rows = _without_routes(rows, max_tokens - T)
     count = rows.shape[0]
     gathered = _wait(_c10d.all_gather_into_tensor(rows, world_size, name))
-    sender = torch.arange(gathered.shape[0], device=rows.device) // max(count, 1)
+    mine = lambda row: row // max(count, 1) == rank
     options |= dict(out_dtype=reduce_dtype or result_dtype)
-    out = _partial(tokens.unpacked(gathered), sender == rank, weights, expert_map, num_shared_experts, options)
+    out = _partial(tokens.unpacked(gathered), mine, weights, expert_map, num_shared_experts, options)
     out = _wait(_c10d.reduce_scatter_tensor(out, "sum", world_size, name))
     return out[:T].to(result_dtype)
 
@@ -399,32 +406,38 @@ def fused_moe_ep_alltoall(
     ranks = torch.arange(world_size, device=device)
     goes = (owner.unsqueeze(-1) == ranks).any(1)  # [T, ranks]
     place = goes.cumsum(0) - 1
-    lost = None
+    lost = exchanged = None
     # Every rank sends itself one row more, without routes: what comes back for it is zeros.
     if capacity is None:
         counts = goes.sum(0) + (ranks == rank)
         arriving = _wait(_c10d.all_to_all_single(counts, [1] * world_size, [1] * world_size, name))
-        sent, got = torch.stack((counts, arriving)).tolist()
+        exchanged, most = torch.stack((counts, arriving)), T * world_size + 1
     else:
         lost = (goes & (place >= capacity)).any(1)
         goes &= place < capacity
         counts = torch.full_like(ranks, capacity + 1)
-        sent = got = [capacity + 1] * world_size
-    total, first = sum(sent), counts.cumsum(0) - counts
-    slot = (first + place).where(goes, total)
-    source = torch.full((total + 1,), T, device=device)
+        most = world_size * (capacity + 1)
+    first = counts.cumsum(0) - counts
+    slot = (first + place).where(goes, most)
+    source = torch.full((most + 1,), T, device=device)
     source = source.scatter(0, slot.flatten(), torch.arange(T, device=device).repeat_interleave(world_size))
+    rows = _without_routes(tokens.packed(), 1)
+    slot = slot.sort(1).values[:, : min(topk, world_size)]  # in the order of the ranks, those that are none last
+    slot = slot.where(slot < most, first[rank] + counts[rank] - 1)
 
-    rows = _without_routes(tokens.packed(), 1)[source[:total]]
-    arrived = _wait(_c10d.all_to_all_single(rows, got, sent, name))
-    mine = torch.arange(arrived.shape[0], device=device) - sum(got[:rank])
-    mine = (mine >= 0) & (mine < got[rank])
+    # The device has all of that to do while the host waits for the numbers, and nothing afterwards until the host has
+    # queued what depends on them.
+    if exchanged is not None:
+        sent, got = exchanged.tolist()
+    else:
+        sent = got = [capacity + 1] * world_size
+    arrived = _wait(_c10d.all_to_all_single(rows[source.narrow(0, 0, sum(sent))], got, sent, name))
+    start = sum(got[:rank])
+    mine = lambda row: (row >= start) & (row < start + got[rank])
     options |= dict(out_dtype=reduce_dtype or result_dtype)
     out = _partial(tokens.unpacked(arrived), mine, weights, expert_map, num_shared_experts, options)
     parts = _wait(_c10d.all_to_all_single(out, sent, got, name))
 
-    slot = slot.sort(1).values[:, : min(topk, world_size)]  # in the order of the ranks, those that are none last
-    slot = slot.where(slot < total, first[rank] + counts[rank] - 1)
     sums = parts[slot[:, 0]].float()
     for i in range(1, slot.shape[1]):
         sums = sums + parts[slot[:, i]].float()
@@ -470,8 +483,7 @@ def fused_moe_ep_allreduce(
         hidden_states, *weights, topk_weights, topk_ids, expert_map=expert_map, out_dtype=out_dtype, **options
     )
     _check_map(expert_map, num_shared_experts)
-    mine = torch.arange(hidden_states.shape[0], device=hidden_states.device) % world_size == rank
-    ids = _shared_once(topk_ids, mine, expert_map, num_shared_experts)
+    ids = _shared_once(topk_ids, lambda row: row % world_size == rank, expert_map, num_shared_experts)
     options |= dict(out_dtype=reduce_dtype or result_dtype)
     out = ops.fused_moe(hidden_states, *weights, topk_weights, ids, expert_map=expert_map, **options)
     return _wait(_c10d.all_reduce(out, "sum", name)).to(result_dtype)
