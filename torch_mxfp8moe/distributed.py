@@ -427,10 +427,11 @@ def fused_moe_ep_alltoall(
 
     # The device has all of that to do while the host waits for the numbers, and nothing afterwards until the host has
     # queued what depends on them.
-    if exchanged is not None:
-        sent, got = exchanged.tolist()
-    else:
+    if capacity is not None:
         sent = got = [capacity + 1] * world_size
+    else:
+        assert exchanged is not None
+        sent, got = exchanged.tolist()
     arrived = _wait(_c10d.all_to_all_single(rows[source.narrow(0, 0, sum(sent))], got, sent, name))
     start = sum(got[:rank])
     mine = lambda row: (row >= start) & (row < start + got[rank])
