@@ -99,6 +99,8 @@ setup(
             "ruff==0.17.*",  # what these two find changes from version to version
             "pyrefly==1.4.*",
             *TRITON,
+            # Of which gfx950_simulator takes LLVM's disassembler.
+            "rocm-llvm-python>=7.2; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ]
     },
     entry_points={"vllm.general_plugins": ["torch_mxfp8moe = torch_mxfp8moe.integrations.vllm:register"]},

@@ -1,13 +1,12 @@
-"""The wait states that software has to keep on gfx950, in what every model of shapes.csv and every tile of the
-configuration compile to. No run, no GPU; what else the code has to be is in test_triton_compile.py."""
+"""What holds of the gfx950 code of every model of shapes.csv and every tile of the configuration: it is known, keeps to
+its registers and the wait states, and its code object is what its text says. No run, no GPU; what else the code has to
+be is in test_triton_compile.py."""
 
 import pytest
-import torch
 
 from helpers import only_cpu
 from shapes import rows
 from torch_mxfp8moe import configs
-from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.backends.triton import _interpreted
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -16,6 +15,7 @@ if _interpreted():
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 import gfx950_ops as ops  # noqa: E402
+from gfx950_simulator import code_object  # noqa: E402
 from gfx950_simulator.assembly import parse  # noqa: E402
 from gfx950_simulator.hazards import check_wait_states  # noqa: E402
 from gfx950_simulator.machine import Program  # noqa: E402
@@ -24,23 +24,33 @@ from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 pytestmark = only_cpu
 
 ROWS = rows()
+TILES = [(dtype, rule) for dtype in ("mxfp8", "bf16") for rule in range(len(configs.load("gfx950", dtype).tiles))]
+
+every_kernel = pytest.mark.parametrize("dtype, rule", TILES)
+every_model = pytest.mark.parametrize("name", ROWS)
 
 
-@pytest.mark.parametrize("rule", range(len(configs.load("gfx950", "mxfp8").tiles)))
-@pytest.mark.parametrize("name", ROWS)
-def test_wait_states(name, rule):
-    """Every instruction is one that the simulator knows, and the wait states are there; a warning tells of those that
-    LLVM is known to leave out."""
-    row, tokens = ROWS[name], 64
+def compiled(name: str, dtype: str, rule: int) -> list:
+    """All kernels of a call of 64 tokens with bf16 outputs; Triton's cache has them the second time."""
+    call = ROWS[name].call(64, "meta", activation_dtype=dtype).with_out()
+    return compile_offline(ops.bound_launches(call, configs.load("gfx950", dtype).tiles[rule]), ops.TARGET)
 
-    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(tokens, columns, dtype=dtype, device="meta")
 
-    call = FusedMoe(
-        hidden_states=empty(row.hidden, torch.bfloat16), **row.weights("meta"), **row.options,
-        topk_weights=empty(row.topk, torch.float32), topk_ids=empty(row.topk, torch.int32),
-        out=empty(row.hidden, torch.bfloat16),
-    )  # fmt: skip
-    launches = ops.bound_launches(call, configs.load("gfx950", "mxfp8").tiles[rule])
-    for compiled in compile_offline(launches, ops.TARGET):
-        check_wait_states(Program(parse(compiled.asm["amdgcn"])))
+@every_kernel
+@every_model
+def test_wait_states(name, dtype, rule):
+    """Every instruction is one that the simulator knows, on registers that the kernel has, and the wait states are
+    there; a warning tells of those that LLVM is known to leave out."""
+    for kernel in compiled(name, dtype, rule):
+        check_wait_states(Program(parse(kernel.asm["amdgcn"])))
+
+
+@pytest.mark.skipif(code_object.missing() is not None, reason=str(code_object.missing()))
+@every_kernel
+@every_model
+def test_code_object_is_the_text(name, dtype, rule):
+    """What other tests find in the text, of wait states, registers, spills and instructions, they find in what a GPU
+    would be given."""
+    for kernel in compiled(name, dtype, rule):
+        code, text = code_object.read(kernel.asm["hsaco"]), parse(kernel.asm["amdgcn"])
+        assert code_object.differences(code, text) == []

@@ -928,9 +928,9 @@ def test_operands():
     assert operand("a[4:7]").registers == range(260, 264)
     assert operand("-|v3|").neg and operand("-|v3|").abs and operand("-|v3|").index == 3
     assert operand("-1").value == -1 and operand("0x10").value == 16 and operand("-0.5").value == -0.5
-    one = instruction(0, 1, "buffer_load_dwordx4 v16, s[12:15], 0 offen offset:16 lds")
+    one = instruction(0, "", "buffer_load_dwordx4 v16, s[12:15], 0 offen offset:16 lds")
     assert one.modifiers == {"offen": True, "offset": 16, "lds": True} and len(one.operands) == 3
-    assert instruction(0, 1, "s_waitcnt vmcnt(3) lgkmcnt(0)").modifiers == {"vmcnt": 3, "lgkmcnt": 0}
+    assert instruction(0, "", "s_waitcnt vmcnt(3) lgkmcnt(0)").modifiers == {"vmcnt": 3, "lgkmcnt": 0}
 
 
 # --- Triton's kernels

@@ -74,7 +74,7 @@ def test_without_a_loop_all_trips_are_counted():
     ],
 )
 def test_clocks(text, clocks):
-    assert report.clocks(instruction(0, 1, text)) == clocks
+    assert report.clocks(instruction(0, "", text)) == clocks
 
 
 def test_a_shipped_tile():

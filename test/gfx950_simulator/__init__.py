@@ -1,10 +1,10 @@
 """Executes the gfx950 machine code that Triton emits, on the CPU, and checks what emulation alone does not see.
 
-It takes the assembly text of a compiled kernel, arguments as tensors, and a grid, and runs every workgroup: numpy
-arrays hold the registers of all waves, and one function executes one instruction for all waves that are at it. To read
-it:
+It takes the ELF code object of a compiled kernel, or assembly text, arguments as tensors, and a grid, and runs every
+workgroup: numpy arrays hold the registers of all waves, and one function executes one instruction for all waves that
+are at it. To read it:
 
-- ``assembly``: text -> instructions, kernel descriptor, argument layout
+- ``assembly``: text -> instructions, kernel descriptor, argument layout; ``code_object``: the same out of an ELF file
 - ``operands``: what an operand gives, and the table that maps a mnemonic to the function that builds its execution
 - ``vector``, ``scalar``, ``matrix``, ``memory_access``: the table's entries; ``formats``: fp8 by table
 - ``decode``: fills an instruction in: what it does, its unit, the registers that it reads and writes
@@ -14,7 +14,7 @@ it:
 - ``launch``: Triton's and the package's launches on tensors
 
 ``launch.simulate(launches, target, inputs)`` runs a list of the package's launches; ``Kernel.of`` and
-``Device.launch`` run one kernel of any origin. Errors name the instruction with its line, the wave and the lane.
+``Device.launch`` run one kernel of any origin. Errors name the instruction with its place, the wave and the lane.
 
 Not modelled: time; the order of sums and the rounding inside the matrix unit; the last bit of transcendental
 functions; workgroups that run at the same time and communicate through global memory; caches and memory scopes; traps,

@@ -46,7 +46,8 @@ class Instruction:
     """One instruction. ``name`` is the mnemonic without its encoding (``_e32``, ``_dpp``, ...)."""
 
     index: int
-    line: int
+    place: str
+    """Where its code has it: ``line 12`` of a text, ``byte 0x3c`` of a code object."""
     text: str
     name: str
     encoding: str
@@ -56,7 +57,7 @@ class Instruction:
     """The index that a branch goes to."""
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
+        return f"{self.place}: {self.text}"
 
 
 @dataclass(eq=False)
@@ -71,14 +72,21 @@ class Code:
     """Of the metadata: offset, size and value_kind of each argument."""
     preload_entry: int | None
     """Where a wave starts that got its arguments in SGPRs: 256 bytes after the entry."""
-    labels: dict[str, int] = field(default_factory=dict)
-    threads: int | None = None
-    """Work-items of a workgroup, at most, as the metadata says."""
+    metadata: dict[str, int] = field(default_factory=dict)
+    """What else the metadata have of numbers: registers, spills, sizes."""
+    aligned: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By instruction of a text before which the assembler puts ``s_nop 0`` until it is at a multiple of so many bytes:
+    these, and how many bytes it may fill at most."""
 
     @property
     def registers(self) -> int:
         """VGPRs a wave has, AGPRs not counted."""
         return self.descriptor["accum_offset"]
+
+    @property
+    def threads(self) -> int:
+        """Work-items of a workgroup, at most."""
+        return self.metadata["max_flat_workgroup_size"]
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -140,7 +148,7 @@ def _is_modifier(text: str) -> bool:
     return text in _FLAGS or (":" in text and not _REGISTER.match(text.strip("-|")))
 
 
-def instruction(index: int, line: int, text: str) -> Instruction:
+def instruction(index: int, place: str, text: str) -> Instruction:
     mnemonic, _, rest = text.partition(" ")
     encoding = ""
     for suffix in ("e64_dpp", "e32", "e64", "dpp", "sdwa"):
@@ -151,8 +159,8 @@ def instruction(index: int, line: int, text: str) -> Instruction:
     if name == "s_waitcnt":
         counts = re.findall(r"(\w+)\((\d+)\)", rest)
         if not counts:
-            raise AssemblyError(f"line {line}: {text}: a count that is not written as vmcnt(), lgkmcnt() or expcnt()")
-        return Instruction(index, line, text, name, "", (), {kind: int(count) for kind, count in counts})
+            raise AssemblyError(f"{place}: {text}: a count that is not written as vmcnt(), lgkmcnt() or expcnt()")
+        return Instruction(index, place, text, name, "", (), {kind: int(count) for kind, count in counts})
     operands, modifiers = [], {}
     for part in _split(rest, ","):
         for i, word in enumerate(_split(part, " ")):
@@ -161,7 +169,7 @@ def instruction(index: int, line: int, text: str) -> Instruction:
                 modifiers[key] = value
             else:
                 operands.append(operand(word))
-    return Instruction(index, line, text, name, encoding, tuple(operands), modifiers)
+    return Instruction(index, place, text, name, encoding, tuple(operands), modifiers)
 
 
 def _metadata_arguments(text: str) -> list[dict]:
@@ -178,7 +186,7 @@ def _metadata_arguments(text: str) -> list[dict]:
 
 def parse(text: str) -> Code:
     """The kernel in ``text``, which holds one."""
-    instructions, labels, descriptor, aligned = [], {}, {}, set()
+    instructions, labels, descriptor, aligned = [], {}, {}, {}
     name, done = "", False
     for number, raw in enumerate(text.splitlines(), 1):
         line = raw.split(";")[0].strip()
@@ -193,21 +201,22 @@ def parse(text: str) -> Code:
             descriptor[key] = int(value, 0) if _number(value) is not None else value
         elif re.match(r"[\w.$]+:", line):
             labels[line.partition(":")[0]] = len(instructions)
-        elif line.startswith(".p2align\t8"):
-            aligned.add(len(instructions))
+        elif line.startswith(".p2align") and not done:
+            power, _, most = (*line.split()[1:], "", "")[:3]
+            size = 1 << int(power.strip(","))
+            aligned[len(instructions)] = size, int(most or size)
         elif not line.startswith(".") and not done:
-            instructions.append(instruction(len(instructions), number, line.replace("\t", " ")))
+            instructions.append(instruction(len(instructions), f"line {number}", line.replace("\t", " ")))
     if not name:
         raise AssemblyError("there is no .amdhsa_kernel in the text")
     for one in instructions:
         if one.name.startswith(("s_branch", "s_cbranch")):
             one.target = labels[one.operands[0].value]
     preload = next((one.target for one in instructions[:8] if one.name == "s_branch"), None)
-    if not descriptor.get("user_sgpr_kernarg_preload_length") or preload not in aligned:
+    if not descriptor.get("user_sgpr_kernarg_preload_length") or aligned.get(preload, (0, 0))[0] != 256:
         preload = None
-    threads = re.search(r"^    \.max_flat_workgroup_size:\s*(\d+)", text, re.M)
-    threads = int(threads.group(1)) if threads else None
-    return Code(name, instructions, descriptor, _metadata_arguments(text), preload, labels, threads)
+    metadata = {key: int(value) for key, value in re.findall(r"^  [ -] \.(\w+):\s*(\d+)$", text, re.M)}
+    return Code(name, instructions, descriptor, _metadata_arguments(text), preload, metadata, aligned)
 
 
 def float_bits(value: float, size: int) -> int:

@@ -15,7 +15,7 @@ def decode(instruction: Instruction) -> None:
     try:
         instruction.run = definition.build(instruction)
     except AssemblyError as error:
-        raise error if "line " in str(error) else AssemblyError(f"{instruction}: {error}") from error
+        raise error if instruction.text in str(error) else AssemblyError(f"{instruction}: {error}") from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise AssemblyError(f"{instruction}: form is not known ({type(error).__name__}: {error})") from error
     instruction.unit, instruction.writes_scc = definition.unit, definition.writes_scc

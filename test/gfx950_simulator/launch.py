@@ -2,12 +2,14 @@
 
 import struct
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from . import code_object
 from .assembly import parse
 from .checks import all_checks
 from .hazards import check_wait_states
@@ -20,7 +22,11 @@ _FORMATS = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i",
 
 @dataclass
 class Kernel:
-    """What is executed, and what its launcher has to know."""
+    """What is executed, and what its launcher has to know.
+
+    Of what Triton compiles that is the ELF code object, as a GPU gets it, or, where nothing is installed that decodes
+    one, with a warning, the assembly text that it is made from.
+    """
 
     program: Program
     parameters: list[tuple[str, str]]
@@ -30,9 +36,12 @@ class Kernel:
 
     @classmethod
     def of(cls, compiled, text: str | None = None) -> "Kernel":
-        """Of Triton's CompiledKernel; ``text`` stands in for its assembly."""
+        """Of Triton's CompiledKernel; ``text`` is assembly to execute instead."""
         parameters = [(name, type_) for name, type_ in compiled.src.signature.items() if type_ != "constexpr"]
-        program = Program(parse(text or compiled.asm["amdgcn"]))
+        if text is None and (why := code_object.missing()):
+            text = compiled.asm["amdgcn"]
+            warnings.warn(f"assembly text is executed and not the code object: {why}", stacklevel=2)
+        program = Program(parse(text) if text else code_object.read(compiled.asm["hsaco"]))
         check_wait_states(program)
         return cls(program, parameters, compiled.metadata.num_warps, compiled.metadata.shared)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assembly import EXEC, Code, Instruction
+from .assembly import AGPR, EXEC, Code, Instruction
 from .decode import decode
 from .memory import ACCESSIBLE, WRITTEN, DeviceMemory, Memory
 from .operands import lanes_of
@@ -74,6 +74,7 @@ class Program:
         self.instructions = code.instructions
         for instruction in self.instructions:
             decode(instruction)
+        self._check_registers()
         names = {instruction.name for instruction in self.instructions}
         if "s_setreg_imm32_b32" in names and any(name.endswith("_f16_f32") for name in names):
             raise SimulationError(f"{code.name}: conversions to float16 that saturate are not modelled")
@@ -86,6 +87,19 @@ class Program:
             while ends[end] <= i:
                 end += 1
             self.block_end[i] = ends[end]
+
+    def _check_registers(self) -> None:
+        """A wave is handed out as many VGPRs and AGPRs as the descriptor says: others are not its own."""
+        code = self.code
+        agprs = code.descriptor.get("next_free_vgpr", VGPRS) - code.registers
+        for one in self.instructions:
+            for number in (*one.reads, *one.writes):
+                if code.registers <= number < AGPR or AGPR + agprs <= number < VGPRS:
+                    name = f"v{number}" if number < AGPR else f"a{number - AGPR}"
+                    raise SimulationError(
+                        f"{code.name}, {one}: {name} is beyond the {code.registers} VGPRs and {max(0, agprs)} AGPRs "
+                        "that the kernel asks for"
+                    )
 
 
 class Machine:
