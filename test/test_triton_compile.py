@@ -26,6 +26,7 @@ if _interpreted():
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 import machine_code  # noqa: E402
+from gfx950_simulator import assembly, code_object  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
 from torch_mxfp8moe.backends.triton.fused_moe import plan, warp_specialized  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
@@ -82,6 +83,9 @@ def launches(call: FusedMoe, arch: str, tiles: Tiles) -> list:
 
 @cache
 def _code(kernel, arch: str) -> machine_code.Code:
+    if arch == "gfx950" and code_object.missing() is None:  # or test_gfx950_gates.py skips, and says so
+        code, text = code_object.read(kernel.asm["hsaco"]), assembly.parse(kernel.asm["amdgcn"])
+        assert code_object.differences(code, text) == []
     return machine_code.read(kernel, arch)
 
 

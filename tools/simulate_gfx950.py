@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Run a call of fused_moe as gfx950 machine code, on the CPU, and compare it with the reference. Needs no GPU.
 
-Compiles the Triton kernels for gfx950, executes what comes out in the simulator under test/gfx950_simulator with all of
-its checks (bounds, undefined values, wait counts and wait states, order of waves in LDS), and prints, kernel by kernel,
-how many instructions of waves were executed and how fast, then the error. Small sizes: about a million instructions of
-waves a second.
+Compiles the Triton kernels for gfx950, executes the code objects that come out (the assembly text, with a warning,
+where rocm-llvm-python is not installed) in the simulator under test/gfx950_simulator with all of its checks (bounds,
+undefined values, wait counts and wait states, order of waves in LDS), and prints, kernel by kernel, how many
+instructions of waves were executed and how fast, then the error. Small sizes: about a million instructions of waves a
+second.
 """
 
 import argparse
