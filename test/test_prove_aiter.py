@@ -234,6 +234,36 @@ def test_rows_hold_or_fail():
 # --- the program without aiter
 
 
+def test_tables(tmp_path, capsys):
+    """Each kernel once for each H, I and block, and what the checks say to it; a kernel that they stop is one of it."""
+
+    class Tables:
+        tables, unordered, parse_v2 = [tmp_path / "one.csv", tmp_path / "two.csv"], [], staticmethod(lambda name: None)
+
+        def stage1(self, case, a, a_scale, w1, w1_scale, routes):
+            assert self.workgroups == 2 and a.shape == (case.T, case.H) and w1.shape == (case.E, 2 * case.I, case.H)
+            if case.stage1 == "early":
+                self.unordered.append("two waves")
+
+        def stage2(self, case, a2, a2_scale, w2, w2_scale, routes):
+            assert a2.shape == (case.T, case.topk, case.I) and w2.shape == (case.E, case.H, case.I)
+            if case.I == 512:
+                raise prove_aiter.simulator.SimulationError("outside")
+
+    header = "token,model_dim,inter_dim,block_m,act_type,kernelName1,kernelName2\n"
+    for table, lines in zip(Tables.tables, (["1,512,256,32,Silu,fine,k", "2,512,256,32,Silu,early,k"],
+                                            ["4,512,512,64,ActivationType.Swiglu,fine,k"])):  # fmt: skip
+        table.write_text(header + "\n".join(lines) + "\n")
+    prove_aiter.check_tables(Tables())
+    *found, last = (line.split(maxsplit=9) for line in capsys.readouterr().out.splitlines())
+    found = [(name, int(I), int(token[:-1]), " ".join(says)) for name, _, _, _, I, _, _, _, token, *says in found]
+    assert found == [
+        ("fine", 256, 1, "nothing"), ("k", 256, 1, "nothing"), ("early", 256, 2, "two waves"),
+        ("fine", 512, 4, "nothing"), ("k", 512, 4, "outside"),
+    ]  # fmt: skip
+    assert " ".join(last) == "5 kernels; the checks say nothing to 3"
+
+
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """The program where ``folder`` comes first on the path."""
     code = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); sys.argv[0] = {str(PROGRAM)!r}\n"

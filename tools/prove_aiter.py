@@ -360,7 +360,7 @@ def check_tables(aiter: Aiter) -> None:
     E, topk, T = 2, 2, 4
     ones = lambda *shape: torch.full(shape, 0x38, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scales = lambda *shape: torch.full(shape, SCALE_ONE, dtype=torch.uint8)
-    aiter.workgroups, seen = 2, set()
+    aiter.workgroups, seen, silent = 2, set(), 0
     for table in aiter.tables:
         for line in csv.DictReader(table.open()):
             H, I, block = (int(line[name]) for name in ("model_dim", "inter_dim", "block_m"))
@@ -385,7 +385,9 @@ def check_tables(aiter: Aiter) -> None:
                     found = "; ".join(aiter.unordered) or "nothing"
                 except simulator.SimulationError as error:
                     found = str(error)
+                silent += found == "nothing"
                 print(f"{kernel:<66} H {H} I {I} block {block:>3} T {line['token']:>5}: {found}", flush=True)
+    print(f"{len(seen)} kernels; the checks say nothing to {silent}")
 
 
 def main() -> int:
