@@ -61,10 +61,12 @@ def reads(launch, gemm: str) -> bool:
     return {"gemm1": "w1", "gemm2": "w2"}[gemm] in label(launch).split()
 
 
-def _work(task: Task, pipe) -> None:
+def _work(task: Task, cache: str, pipe) -> None:
     from torch_mxfp8moe.backends.triton.launch import compile_offline
     from torch_mxfp8moe.backends.triton.targets import Target
+    from triton import knobs
 
+    knobs.cache.dir = cache  # this process's environment is that of the one it was forked from
     try:
         compile_offline(task.launches(), Target(task.arch))
         pipe.send("")
@@ -93,6 +95,8 @@ def _context():
 
 def compile_all(tasks: Iterable[Task], jobs: int, seconds: float = SECONDS) -> Iterator[tuple[Task, str]]:
     """Yields each task as it is done, and why it failed ("" if it did not)."""
+    from triton import knobs
+
     context = _context()
     waiting, running = list(tasks)[::-1], {}
     try:
@@ -100,7 +104,7 @@ def compile_all(tasks: Iterable[Task], jobs: int, seconds: float = SECONDS) -> I
             while waiting and len(running) < jobs:
                 task = waiting.pop()
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(task, sender), daemon=True)
+                process = context.Process(target=_work, args=(task, knobs.cache.dir, sender), daemon=True)
                 process.start()
                 sender.close()
                 running[receiver] = task, process, time.monotonic() + seconds
