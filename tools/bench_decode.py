@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent / "demo"))
 
 import checkpoint  # noqa: E402
-from bench import report, timing  # noqa: E402
+from bench import machine, report, timing  # noqa: E402
 from model import Model  # noqa: E402
 from terminal import progress  # noqa: E402
 
@@ -255,8 +255,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=LAYERS, help=f"decoder layers (default {LAYERS})")
     parser.add_argument("--tokens", type=int, default=256, help="steps of each loop (default 256)")
     parser.add_argument("--batch", type=int, default=1, help="sequences (default 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"),
-                        help="(default: cuda where PyTorch finds a GPU)")  # fmt: skip
+    machine.add_device(parser)
     parser.add_argument("--compile", nargs="?", const="inductor", choices=("inductor", "aot_eager"), metavar="BACKEND",
                         help="the step by torch.compile(fullgraph=True), inductor (the default) or aot_eager, which is "
                         "then what is captured")  # fmt: skip
@@ -268,15 +267,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value < 1 or last is not None and value > last:
             parser.error(f"--{name} is {value}; it takes 1 {'or more' if last is None else f'to {last}'}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU")
+    machine.check_device(parser, args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}")
+    print(machine.described(args.device))
     with torch.inference_mode():
         return 0 if bench(args, report.Csv(args.csv, Way)) else 1
 

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
-from bench import report, timing  # noqa: E402
+from bench import machine, report, timing  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import LAYOUTS, Mxfp8Experts, dequantize_1x32  # noqa: E402
@@ -210,8 +210,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sources", nargs="+", default=SOURCES, choices=SOURCES, help="(default both)")
     parser.add_argument("--gate-up-order", nargs="+", default=GATE_UP_ORDERS, choices=GATE_UP_ORDERS,
                         help="of the source's rows (default both)")  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"),
-                        help="(default: cuda where PyTorch finds a GPU)")  # fmt: skip
+    machine.add_device(parser)
     parser.add_argument("--repeat", type=int, default=21, help="timed updates of each (default 21)")
     parser.add_argument("--experts", type=int, help="at most so many experts of each row, for a try on a CPU")
     parser.add_argument("--shrink", type=int, default=1, help="divide H and I by this, for a try on a CPU")
@@ -221,15 +220,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} is {value}; it takes 1 or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU")
+    machine.check_device(parser, args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}")
+    print(machine.described(args.device))
     if args.device == "cpu":
         print("no CUDA graphs on a CPU: each update is checked by an eager call instead of a replay")
     csv, right = report.Csv(args.csv, Update), True
