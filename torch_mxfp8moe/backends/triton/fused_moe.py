@@ -140,17 +140,18 @@ class _Part:
 
         experts, rows, columns = getattr(self.call, name).shape
         halves = 2 if gate_up else 1
-        n, block_n = rows // halves, 32 * tile.num_warps // halves
-        count = self.tiles_bound * triton.cdiv(n, block_n)
+        n = rows // halves
+        count = self.tiles_bound * triton.cdiv(n, tile.block_n)
         threads = 32 * (tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
         return Launch(
             warpgroup_gemm_kernel,
             (min(count, tile.programs * multiprocessors(self.call.device)),),
             dict(
-                x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
+                x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, tile.block_k), swizzle=128),
                 w=Descriptor(
                     self._given(name, codes=True), (experts, halves, n, columns),
-                    (rows * columns, n * columns, columns, 1), (1, halves, block_n, 64), swizzle=64,
+                    (rows * columns, n * columns, columns, 1), (1, halves, tile.block_n, tile.block_k),
+                    swizzle=64,
                 ),
                 w_scale=self._given(f"{name}_scale", codes=True), bias=self._if_given(f"{name}_bias"),
                 out=self.inner if gate_up else self.terms, count=count, **self._ending(gate_up), K=columns, N=n,
