@@ -5,7 +5,7 @@ import torch
 
 from gpu import needs_gpu, on_gpu
 from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes, same_bytes
-from torch_mxfp8moe import configs, dispatch, reference
+from torch_mxfp8moe import configs, reference
 from torch_mxfp8moe.configs import Gemm, Tiles
 
 pytestmark = [
@@ -49,9 +49,7 @@ CASES = {
 def tiles(request, monkeypatch):
     """These for every call."""
     monkeypatch.setattr(configs, "choose", lambda *args, **kwargs: TILES[request.param])
-    dispatch._kinds.clear()
-    yield TILES[request.param]
-    dispatch._kinds.clear()
+    return TILES[request.param]
 
 
 @pytest.mark.parametrize("tiles", TILES, indirect=True)

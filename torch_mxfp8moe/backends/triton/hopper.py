@@ -162,8 +162,8 @@ def _scale_words(
 
 @gluon.jit
 def _multiply(
-    ring, scales0, scales1, stage, phase,
-    K: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
+    ring, scales0, scales1, last, stage, phase,
+    M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
     PERMUTED: gl.constexpr,
 ):  # fmt: skip
     """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
@@ -174,7 +174,6 @@ def _multiply(
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOTAL, k_width=2)
     CODES: gl.constexpr = _codes_layout(GROUP, PERMUTED)
-    LAST: gl.constexpr = K // (COLUMNS * STEPS) - 1
     total0 = gl.zeros([GROUP, M], gl.float32, TOTAL)
     total1 = warpgroup_mma_init(gl.zeros([GROUP, M], gl.float32, TOTAL))
     left1 = gl.zeros([GROUP, COLUMNS], gl.bfloat16, LEFT)
@@ -183,9 +182,9 @@ def _multiply(
     shift = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)) * 8, 0)
     word0 = gl.load(scales0)
     word1 = gl.load(scales1)
-    for i in range(LAST + 1):
-        next0 = gl.load(scales0 + gl.minimum(i + 1, LAST))
-        next1 = gl.load(scales1 + gl.minimum(i + 1, LAST))
+    for i in range(last + 1):
+        next0 = gl.load(scales0 + gl.minimum(i + 1, last))
+        next1 = gl.load(scales1 + gl.minimum(i + 1, last))
         word0 = word0 >> shift
         word1 = word1 >> shift
         for step in gl.static_range(STEPS):
@@ -287,7 +286,7 @@ def _finish(
 
 @gluon.jit
 def _tile(
-    ring, w_scale, ending, expert, first, end, n, stage, phase,
+    ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
     K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
@@ -298,14 +297,17 @@ def _tile(
     WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
     scales0 = _scale_words(w_scale, expert, n, GROUP, rows, K, WORD, GATE_UP)
     scales1 = _scale_words(w_scale, expert, other, GROUP, rows, K, WORD, GATE_UP)
-    total0, total1, stage, phase = _multiply(ring, scales0, scales1, stage, phase, K, M, GROUP, STAGES, STEPS, GATE_UP)
+    last = steps // STEPS - 1
+    total0, total1, stage, phase = _multiply(
+        ring, scales0, scales1, last, stage, phase, M, GROUP, STAGES, STEPS, GATE_UP
+    )  # fmt: skip
     _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED)
     return stage, phase
 
 
 @gluon.jit
 def _compute(
-    ring, w_scale, ending, tiles, offsets, count,
+    ring, w_scale, ending, steps, tiles, offsets, count,
     K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr,
     WEIGHTED: gl.constexpr,
@@ -323,12 +325,12 @@ def _compute(
             n = index % column_tiles * BLOCK_N
             if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
                 stage, phase = _tile(
-                    ring, w_scale, ending, expert, first, end, n, stage, phase,
+                    ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
                     K, N, BLOCK_M // 2, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 )  # fmt: skip
             else:
                 stage, phase = _tile(
-                    ring, w_scale, ending, expert, first, end, n, stage, phase,
+                    ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
                     K, N, BLOCK_M, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 )  # fmt: skip
 
@@ -365,12 +367,13 @@ def warpgroup_gemm_kernel(
         bias if BIASED else w_scale, out, routes, topk_weights if WEIGHTED else w_scale,
         weights_stride, alpha, beta, limit,
     )  # fmt: skip
+    steps = x.shape[1] // COLUMNS
     gl.warp_specialize(
         [
             (
                 _compute,
                 (
-                    ring, w_scale, ending, tiles, offsets, count,
+                    ring, w_scale, ending, steps, tiles, offsets, count,
                     K, N, BLOCK_M, BLOCK_N, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 ),
             ),
