@@ -16,6 +16,8 @@ DTYPES = ("mxfp8", "bf16")
 GEMM = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 2}
 RULE = {"rows_per_expert": 16, "block_m": 16, "gemm1": GEMM, "gemm2": GEMM}
 LAST = RULE | {"rows_per_expert": None}
+VECTOR = {"block_n": 8, "block_k": 1024, "num_warps": 1, "num_stages": 1}
+BY_ROUTE = {"rows_per_expert": 2, "block_m": 1, "gemm1": VECTOR, "gemm2": VECTOR}
 SHAPE = {"hidden": 64, "intermediate": 32, "experts": 4, "topk": 2, "tiles": [LAST]}
 
 
@@ -23,13 +25,14 @@ SHAPE = {"hidden": 64, "intermediate": 32, "experts": 4, "topk": 2, "tiles": [LA
 def test_a_shipped_file_obeys_the_rules(path):
     config = configs.parse(path.name, json.loads(path.read_text()))
     for rules in (config.tiles, *config.shapes.values()):
-        for programs in (False, True):
-            limits = [tiles.rows_per_expert for tiles in rules if (tiles.gemm1.programs > 0) == programs]
-            assert programs or limits[-1] is None
+        for kernels in ("gemm", "hopper", "matvec"):
+            limits = [tiles.rows_per_expert for tiles in rules if tiles.kernels == kernels]
+            assert kernels != "gemm" or limits[-1] is None
             assert limits[:-1] == sorted(set(limits[:-1]))
         for tiles in rules:
             for gemm in (tiles.gemm1, tiles.gemm2):
-                assert gemm.num_warps >= 4  # with less, no matrix unit takes whole blocks: bf16 instructions instead
+                # With less, no matrix unit takes whole blocks: bf16 instructions instead.
+                assert gemm.num_warps >= 4 or tiles.kernels == "matvec"
                 assert set(gemm.options) <= {"waves_per_eu", "matrix_instr_nonkdim", "kpack", "maxnreg", "num_ctas"}
 
 
@@ -91,18 +94,27 @@ def with_programs(rows_per_expert, block_m: int = 64, **others) -> dict:
     return {"rows_per_expert": rows_per_expert, "block_m": block_m, "gemm1": gemm1, "gemm2": gemm2}
 
 
-def test_rules_with_programs_are_for_those_who_can(monkeypatch):
-    rules = [RULE, with_programs(30, 64), with_programs(None, 128), RULE | {"rows_per_expert": 20, "block_m": 32}, LAST]
+def test_rules_for_some_calls_are_passed_over_by_others(monkeypatch):
+    rules = [
+        BY_ROUTE,
+        RULE,
+        with_programs(30, 64),
+        with_programs(None, 128),
+        RULE | {"rows_per_expert": 20, "block_m": 32},
+        LAST,
+    ]
     config = configs.parse("here", {"tiles": rules})
     monkeypatch.setattr(configs, "load", lambda *_: config)
 
-    def chosen(tokens, warp_specialized):
+    def chosen(tokens, *admitted):
         sizes = dict(tokens=tokens, topk=1, experts=1, hidden=256, intermediate=256)
-        tiles = configs.choose("any", "mxfp8", **sizes, warp_specialized=warp_specialized)
+        tiles = configs.choose("any", "mxfp8", **sizes, admits=lambda tiles: tiles.kernels in admitted)
         return tiles.block_m, tiles.gemm1.programs
 
-    assert [chosen(T, False) for T in (16, 17, 21)] == [(16, 0), (32, 0), (16, 0)]
-    assert [chosen(T, True) for T in (16, 17, 30, 31, 10**9)] == [(16, 0), (64, 2), (64, 2), (128, 2), (128, 2)]
+    assert [chosen(T, "gemm") for T in (2, 16, 17, 21)] == [(16, 0), (16, 0), (32, 0), (16, 0)]
+    both = "gemm", "hopper"
+    assert [chosen(T, *both) for T in (16, 17, 30, 31, 10**9)] == [(16, 0), (64, 2), (64, 2), (128, 2), (128, 2)]
+    assert [chosen(T, "gemm", "matvec") for T in (1, 2, 3, 17)] == [(1, 0), (1, 0), (16, 0), (32, 0)]
 
 
 def wrong(change) -> str:
@@ -159,7 +171,7 @@ def test_rules_with_programs_that_do_not_fit():
 
     assert_expected_inline(
         said(RULE, with_programs(None)),
-        """file.json: the last rule has programs; it serves every call, so it takes none""",
+        """file.json: the last rule has programs or block_m 1; it serves every call, so it has neither""",
     )
     assert_expected_inline(
         said(with_programs(None), with_programs(30), LAST),
@@ -228,4 +240,8 @@ def test_tiles_that_no_kernel_has():
     ):
         assert wrong(lambda data: data["tiles"][0]["gemm1"].update({name: value})) == message
     said = wrong(lambda data: data["tiles"][1].update(block_m=8))
-    assert said == "file.json, rule 1: block_m is 8; it takes a power of two from 16 to 256"
+    assert said == "file.json, rule 1: block_m is 8; it takes 1 or a power of two from 16 to 256"
+    said = wrong(lambda data: data["tiles"].insert(0, BY_ROUTE | {"gemm2": VECTOR | {"num_stages": 2}}))
+    assert said == "file.json, rule 0, gemm2: num_stages is 2; it takes 1 to 1"
+    said = wrong(lambda data: data["tiles"].insert(0, BY_ROUTE | {"gemm1": VECTOR | {"block_n": 1}}))
+    assert said == "file.json, rule 0, gemm1: block_n is 1; it takes a power of two from 2 to 256"

@@ -334,6 +334,7 @@ def test_the_host_reads_no_data(monkeypatch, arch):
         return {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
     layer = ["route_kernel", "dispatch_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]
+    few = ["gate_up_kernel", "down_kernel"] if arch == "sm_90" else layer
     cases = [
         moe_inputs(T=T, G=9, E=5, K=2, bias_dtype=torch.float32, scaled=scaled)
         | dict(expert_map=torch.zeros(9, dtype=torch.int32), num_tokens=torch.zeros(1, dtype=torch.int32))
@@ -348,7 +349,7 @@ def test_the_host_reads_no_data(monkeypatch, arch):
                 for _ in range(2):
                     launched.clear()
                     dispatch.fused_moe(FusedMoe(**inputs, **options).check())
-                    assert launched == layer
+                    assert launched == (few if len(inputs["topk_ids"]) == 1 else layer)
         launched.clear()
         x = torch.empty(5, 7, 64, device="meta")
         data, scale = dispatch.quantize_1x32(Quantize(x).check())

@@ -28,10 +28,12 @@ if _interpreted():
 import machine_code  # noqa: E402
 from gfx950_simulator import assembly, code_object  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import plan, warp_specialized  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import admits, plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import BUFFER_OFFSETS_WRAP, compile_offline  # noqa: E402
+from torch_mxfp8moe.backends.triton.matvec import down_kernel, gate_up_kernel  # noqa: E402
+from torch_mxfp8moe.backends.triton.routing import combine_kernel, dispatch_kernel, route_kernel  # noqa: E402
 
 ARCHS = tuple(machine_code.SHARED)
 SCOPES = ("few", "usual", "all")
@@ -74,11 +76,24 @@ def moe(
     ).check()  # fmt: skip
 
 
+KERNELS = {
+    "gemm": [route_kernel, dispatch_kernel, grouped_gemm_kernel, grouped_gemm_kernel, combine_kernel],
+    "hopper": [route_kernel, dispatch_kernel, warpgroup_gemm_kernel, warpgroup_gemm_kernel, combine_kernel],
+    "matvec": [gate_up_kernel, down_kernel],
+}
+"""Of a layer, by what ``Tiles.kernels`` names."""
+
+
 def launches(call: FusedMoe, arch: str, tiles: Tiles) -> list:
-    """The five of a layer."""
+    """Those of a layer."""
     parts = plan(call, Target(arch), tiles).bind(call.inputs | {"out": call.out}, call.device)
-    assert len(parts) == 5
+    assert [part.kernel for part in parts] == KERNELS[tiles.kernels]
     return parts
+
+
+def products(call: FusedMoe, arch: str, tiles: Tiles) -> list:
+    """The two that multiply."""
+    return [part for part in launches(call, arch, tiles) if "w" in part.arguments]
 
 
 @cache
@@ -120,7 +135,7 @@ def gemm_cases():
             if torch_mxfp8moe.LAYOUTS[layout].why_not(2 * sizes["I"], sizes["H"], True):
                 continue
             call = moe(**sizes, layout=layout, activation_dtype=dtype)
-            if tiles.gemm1.programs and not warp_specialized(call, Target(arch)):
+            if not admits(call, Target(arch), tiles):
                 continue
             last = rule == len(rules) - 1
             if layout != "row_major":  # the architecture it is made for, and one more
@@ -139,9 +154,7 @@ def gemm_cases():
 def test_products(arch, rule, dtype, layout, shape, record_property):
     """Both products of a layer, with the tiles that are shipped."""
     call = moe(**SHAPES[shape], layout=layout, activation_dtype=dtype)
-    both = launches(call, arch, configs.load(arch, dtype).tiles[rule])[2:4]
-    programs = configs.load(arch, dtype).tiles[rule].gemm1.programs
-    assert {launch.kernel for launch in both} == {warpgroup_gemm_kernel if programs else grouped_gemm_kernel}
+    both = products(call, arch, configs.load(arch, dtype).tiles[rule])
     stack = 0
     if layout == "aiter_gfx950" and not arch.startswith("gfx"):
         stack = 512  # weights in another GPU's layout are served, without the descriptors that the tiles are made for
@@ -157,7 +170,7 @@ def test_products_of_listed_shapes(arch, record_property):
     for dtype in ("mxfp8", "bf16"):
         for (H, I, E, K), rules in configs.load(arch, dtype).shapes.items():
             for tiles in rules:
-                both += launches(moe(H, I, E, K, activation_dtype=dtype), arch, tiles)[2:4]
+                both += products(moe(H, I, E, K, activation_dtype=dtype), arch, tiles)
     if not both:
         pytest.skip(f"the tiles of {arch} are the same for all shapes")
     compiled(both, arch, record_property)
@@ -182,11 +195,10 @@ ARGUMENTS = (
 )
 def test_whole_layer(arch, case, record_property):
     call = moe(**ARGUMENTS[case])
-    parts = launches(call, arch, configs.load(arch, call.activation_dtype).tiles[0])
-    assert [launch.kernel.__name__ for launch in parts] == [
-        "route_kernel", "dispatch_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel",
-    ]  # fmt: skip
-    compiled(parts, arch, record_property)
+    rules = configs.load(arch, call.activation_dtype).tiles
+    for kernels in {tiles.kernels for tiles in rules} - {"hopper"}:
+        first = next(tiles for tiles in rules if tiles.kernels == kernels)
+        compiled(launches(call, arch, first), arch, record_property)
 
 
 @pytest.mark.skipif(SCOPE < 2, reason="compiles for minutes: MXFP8MOE_COMPILE=all")
@@ -196,14 +208,16 @@ def test_routing_of_all_dtypes(arch, shape, record_property):
     ids, weights = (torch.int32, torch.int64), (*FLOATS, torch.float64)
     for T, id_dtype, padded in product((8, 1024), ids, (False, True)):
         call = moe(**SHAPES[shape], T=T, id_dtype=id_dtype, padded=padded)
-        parts += launches(call, arch, configs.load(arch).tiles[0])[:1]
+        parts += launches(call, arch, configs.load(arch).tiles[-1])[:1]
     for x_dtype, activation_dtype in product((*FLOATS, E4M3), ("mxfp8", "bf16")):
         x = dict(scaled=True) if x_dtype is E4M3 else dict(x_dtype=x_dtype)
         for tiles in configs.load(arch, activation_dtype).tiles:
+            if tiles.kernels == "matvec":
+                continue
             parts += launches(moe(**SHAPES[shape], activation_dtype=activation_dtype, **x), arch, tiles)[1:2]
     for weight_dtype, out_dtype in product(weights, FLOATS):
         call = moe(**SHAPES[shape], weight_dtype=weight_dtype, out_dtype=out_dtype)
-        parts += launches(call, arch, configs.load(arch).tiles[0])[4:]
+        parts += launches(call, arch, configs.load(arch).tiles[-1])[4:]
     compiled(parts, arch, record_property)
 
 
@@ -248,8 +262,8 @@ def test_weights_beyond_32_bits(arch, record_property):
     """Offsets of an expert are 64-bit numbers where all experts together pass 2^31 elements."""
     call = moe(H=7168, I=3072, E=384, K=6)
     assert call.w1.numel() > 2**33
-    tiles = configs.load(arch).tiles[0]
-    both = launches(call, arch, tiles)[2:4]
+    tiles = next(tiles for tiles in configs.load(arch).tiles if tiles.kernels == "gemm")
+    both = products(call, arch, tiles)
     for launch, code in zip(both, compiled(both, arch, record_property)):
         strides = [launch.arguments["SCALE_EXPERT_STRIDE"]]
         if not launch.arguments["DESCRIPTORS"]:  # whose coordinates are not multiplied by anything

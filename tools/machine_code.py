@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 import machine_code  # noqa: E402
 from shapes import rows  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import plan, warp_specialized  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import admits, plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 from torch_mxfp8moe.backends.triton.targets import Target  # noqa: E402
 
@@ -28,9 +28,10 @@ def products(arch: str, dtype: str, tiles: configs.Tiles) -> list[list[machine_c
     target, result = Target(arch), []
     for name in ROWS:
         call = rows()[name].call(64, "meta", activation_dtype=dtype, out_dtype=torch.bfloat16).with_out()
-        if tiles.gemm1.programs and not warp_specialized(call, target):
+        if not admits(call, target, tiles):
             continue
-        launches = plan(call, target, tiles).bind(call.inputs | {"out": call.out}, call.device)[2:4]
+        launches = plan(call, target, tiles).bind(call.inputs | {"out": call.out}, call.device)
+        launches = [launch for launch in launches if "w" in launch.arguments]
         result.append([machine_code.read(kernel, arch) for kernel in compile_offline(launches, target)])
     return result
 
@@ -52,7 +53,10 @@ def main() -> None:
                 codes = products(arch, dtype, tiles)
                 for i, tile in enumerate((tiles.gemm1, tiles.gemm2)):
                     both = [code[i] for code in codes]
-                    instruction = both[0].matrix[0].rstrip(".").split(".cta_group")[0].replace(".sync.aligned", "")
+                    instruction = "none"
+                    if both[0].matrix:
+                        name = both[0].matrix[0].rstrip(".").split(".cta_group")[0].replace(".sync.aligned", "")
+                        instruction = f"{len(both[0].matrix)}x `{name}`"
                     weight_rows = tile.block_n * (2 if i == 0 else 1)
                     options = "".join(f", {name} {value}" for name, value in tile.options.items())
                     if tile.programs:
@@ -61,7 +65,7 @@ def main() -> None:
                         arch, "both" if alike else dtype, i + 1,
                         f"{tiles.block_m} x {weight_rows} x {tile.block_k}, {tile.num_warps} warps, "
                         f"{tile.num_stages} stages{options}",
-                        f"{len(both[0].matrix)}x `{instruction}`",
+                        instruction,
                         " / ".join(str(code.registers) for code in both),
                         " / ".join(str(code.stack) for code in both),
                         f"{both[0].shared >> 10} KiB",

@@ -11,14 +11,16 @@ that is another matrix instruction::
 
 Of the rules of a shape, or those of ``tiles`` if the shape is not listed, the first one serves a call whose
 tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
-null there and serves the rest. Rules whose GEMMs have ``programs`` (sm_90) are for calls that
-:func:`..backends.triton.fused_moe.warp_specialized` admits; others pass over them. The choice depends on shapes and
-dtypes only, never on where tokens are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to Triton's
-compiler as options. ``tools/tune_gpu.py`` writes these files.
+null there and serves the rest. Rules of kernels that do not take every call are passed over by those that they do not
+take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90), and rules with block_m
+1, in which each route is served by itself (:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on
+shapes and dtypes only, never on where tokens are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to
+Triton's compiler as options. ``tools/tune_gpu.py`` writes these files.
 """
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -52,9 +54,14 @@ class Tiles:
 
     rows_per_expert: float | None
     block_m: int
-    """Routes of one expert that a tile takes."""
+    """Routes of one expert that a tile takes; 1: no tiles, each route by itself."""
     gemm1: Gemm
     gemm2: Gemm
+
+    @property
+    def kernels(self) -> str:
+        """Which ones they are for: "matvec", "hopper", or those for every call, "gemm"."""
+        return "matvec" if self.block_m == 1 else "hopper" if self.gemm1.programs else "gemm"
 
 
 @dataclass(frozen=True)
@@ -72,19 +79,21 @@ def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> 
     return value
 
 
-def _gemm(where: str, data: dict, rows_a_warp: int) -> Gemm:
+def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
     data = dict(data)
+    by_route = block_m == 1
     tile = Gemm(
-        block_n=_power_of_two(where, "block_n", data.pop("block_n", None), 32, 256),
-        block_k=_power_of_two(where, "block_k", data.pop("block_k", None), 32, 512),
+        block_n=_power_of_two(where, "block_n", data.pop("block_n", None), 2 if by_route else 32, 256),
+        block_k=_power_of_two(where, "block_k", data.pop("block_k", None), 32, 4096 if by_route else 512),
         num_warps=_power_of_two(where, "num_warps", data.pop("num_warps", None), 1, 16),
         num_stages=data.pop("num_stages", None),
         descriptors=data.pop("descriptors", False),
         programs=data.pop("programs", 0),
         options=data,
     )
-    if type(tile.num_stages) is not int or not 1 <= tile.num_stages <= 8:
-        raise ValueError(f"{where}: num_stages is {tile.num_stages!r}; it takes 1 to 8")
+    most = 1 if by_route else 8
+    if type(tile.num_stages) is not int or not 1 <= tile.num_stages <= most:
+        raise ValueError(f"{where}: num_stages is {tile.num_stages!r}; it takes 1 to {most}")
     if not isinstance(tile.descriptors, bool):
         raise ValueError(f"{where}: descriptors is {tile.descriptors!r}; it takes true or false")
     if type(tile.programs) is not int or not 0 <= tile.programs <= 8:
@@ -103,32 +112,36 @@ def rule(where: str, data: dict) -> Tiles:
     """One rule, checked by itself; ``where`` is its name in errors."""
     if set(data) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
         raise ValueError(f"{where}: has the keys {sorted(data)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
-    block_m = _power_of_two(where, "block_m", data["block_m"], 16, 256)
-    gemm1, gemm2 = _gemm(f"{where}, gemm1", data["gemm1"], 16), _gemm(f"{where}, gemm2", data["gemm2"], 32)
-    if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and block_m > 128:
+    block_m = data["block_m"]
+    if type(block_m) is not int or block_m not in (1, 16, 32, 64, 128, 256):
+        raise ValueError(f"{where}: block_m is {block_m!r}; it takes 1 or a power of two from 16 to 256")
+    gemm1 = _gemm(f"{where}, gemm1", data["gemm1"], 16, block_m)
+    gemm2 = _gemm(f"{where}, gemm2", data["gemm2"], 32, block_m)
+    if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 16 <= block_m <= 128:
         raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 16 to 128")
     return Tiles(data["rows_per_expert"], block_m, gemm1, gemm2)
 
 
 def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
     result = []
-    before = {False: 0.0, True: 0.0}  # the last limit of rules without programs, and of those with
+    before = {}  # by the kernels that a rule is for, the last limit
     for i, data in enumerate(rules):
         here = f"{where}, rule {i}"
         tiles = rule(here, data)
-        rows, specialized, last = tiles.rows_per_expert, tiles.gemm1.programs > 0, i == len(rules) - 1
+        rows, kernels, last = tiles.rows_per_expert, tiles.kernels, i == len(rules) - 1
+        limit = before.get(kernels, 0.0)
         if rows is None:
-            fits = last or specialized and before[True] < math.inf
+            fits = last or kernels != "gemm" and limit < math.inf
         else:
-            fits = not last and type(rows) in (int, float) and rows > before[specialized]
+            fits = not last and type(rows) in (int, float) and rows > limit
         if not fits:
             raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
-        before[specialized] = math.inf if rows is None else rows
+        before[kernels] = math.inf if rows is None else rows
         result.append(tiles)
     if not result:
         raise ValueError(f"{where}: there is no rule; it takes one or more")
-    if result[-1].gemm1.programs:
-        raise ValueError(f"{where}: the last rule has programs; it serves every call, so it takes none")
+    if result[-1].kernels != "gemm":
+        raise ValueError(f"{where}: the last rule has programs or block_m 1; it serves every call, so it has neither")
     return tuple(result)
 
 
@@ -158,14 +171,12 @@ def load(arch: str, activation_dtype: str = "mxfp8") -> Config:
 
 def choose(
     arch: str, activation_dtype: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int,
-    warp_specialized: bool = False,
+    admits: Callable[[Tiles], bool] = lambda tiles: tiles.kernels == "gemm",
 ) -> Tiles:  # fmt: skip
-    """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over. ``warp_specialized``:
-    the kernel of that name takes the call."""
+    """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over. ``admits`` says whether
+    the kernels that some tiles are for take the call."""
     config = load(arch, activation_dtype)
     for tiles in config.shapes.get((hidden, intermediate, experts, topk), config.tiles):
-        if tiles.gemm1.programs and not warp_specialized:
-            continue
-        if tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts:
+        if (tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts) and admits(tiles):
             return tiles
     raise AssertionError("the last rule has no limit")

@@ -1,4 +1,4 @@
-"""``fused_moe`` as a list of kernel launches: route, dispatch, two products, combine."""
+"""``fused_moe`` as a list of kernel launches: route, dispatch, two products, combine; of a few tokens, two products."""
 
 import math
 
@@ -12,6 +12,7 @@ from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
 from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, WORKSPACE, Descriptor, Launch, Operand, Plan
+from .matvec import down_kernel, gate_up_kernel
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
 from .targets import Target, multiprocessors
@@ -37,11 +38,108 @@ class _Part:
         self.call, self.target, self.tiles = call, target, tiles
         self.first, self.tokens = first, tokens
         self.routes = tokens * call.topk
-        self.scaled = target.scaled and call.activation_dtype == "mxfp8"
-        self.tiles_bound = tiles_bound(self.routes, call.experts, tiles.block_m)
         self.weight_on_input = call.apply_router_weight_on_input
         self.workspace = 0
-        self.specialized = tiles.gemm1.programs > 0
+
+    def launches(self) -> list[Launch]:
+        raise NotImplementedError
+
+    def _scratch(self, dtype: torch.dtype, *shape: int) -> Operand:
+        """The next piece of the workspace."""
+        operand = Operand(WORKSPACE, dtype, shape=shape, offset=self.workspace)
+        self.workspace += -(-operand.bytes // ALIGNMENT) * ALIGNMENT
+        return operand
+
+    def _given(self, name: str, by_token: bool = False, codes: bool = False) -> Operand:
+        """A tensor of the call; ``by_token``: this part's tokens of it; ``codes``: as bytes."""
+        dtype = torch.uint8 if codes else getattr(self.call, name).dtype
+        return Operand(name, dtype, (self.first, self.tokens) if by_token else None)
+
+    def _if_given(self, name: str, **how: bool) -> Operand | None:
+        """:meth:`_given`, or None for a tensor that the call does not have."""
+        return None if getattr(self.call, name) is None else self._given(name, **how)
+
+    def _hidden_states(self) -> dict:
+        """What a kernel is told of the activations."""
+        call, scale = self.call, self.call.hidden_states_scale
+        return dict(
+            x=self._given("hidden_states", by_token=True, codes=scale is not None),
+            x_scale=self._if_given("hidden_states_scale", by_token=True, codes=True),
+            x_stride=call.hidden_states.stride(0), x_scale_stride=0 if scale is None else scale.stride(0),
+        )  # fmt: skip
+
+    def _routing(self) -> dict:
+        """What a kernel is told of where tokens go."""
+        call = self.call
+        return dict(
+            topk_ids=self._given("topk_ids", by_token=True), expert_map=self._if_given("expert_map"),
+            num_tokens=self._if_given("num_tokens"), routes_total=self.routes, ids_stride=call.topk_ids.stride(0),
+            first_token=self.first, known=call.global_experts, EXPERTS=call.experts, TOPK=call.topk,
+        )  # fmt: skip
+
+    def _swiglu(self) -> dict:
+        """What a kernel is told of the activation function and the rounding after it."""
+        call = self.call
+        limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
+        return dict(
+            alpha=rounded_to_fp32(call.swiglu_alpha), beta=rounded_to_fp32(call.swiglu_beta), limit=limit,
+            LIMITED=math.isfinite(limit),
+        )  # fmt: skip
+
+    def _weight(self, on: bool) -> dict:
+        """The routing weights, if they are ``on``."""
+        return dict(
+            topk_weights=self._given("topk_weights", by_token=True) if on else None,
+            weights_stride=self.call.topk_weights.stride(0) if on else 0,
+        )
+
+    def _weights(self, name: str) -> dict:
+        """The experts' weight of that name, with its scales and biases."""
+        return dict(
+            w=self._given(name, codes=True), w_scale=self._given(f"{name}_scale", codes=True),
+            bias=self._if_given(f"{name}_bias"),
+        )  # fmt: skip
+
+
+class _RouteByRoute(_Part):
+    """With the kernels of :mod:`.matvec`."""
+
+    def launches(self) -> list[Launch]:
+        call, (up, down) = self.call, (self.tiles.gemm1, self.tiles.gemm2)
+        inner = self._scratch(torch.float32, self.routes, call.intermediate)
+        common = self._routing() | dict(
+            inner=inner, H=call.hidden, N=call.intermediate, MXFP8=call.activation_dtype == "mxfp8",
+            NATIVE_E4M3=self.target.native_e4m3,
+        )  # fmt: skip
+        return [
+            Launch(
+                gate_up_kernel,
+                (self.routes * triton.cdiv(call.intermediate, up.block_n),),
+                common | self._hidden_states() | self._weights("w1") | self._swiglu()
+                | self._weight(self.weight_on_input) | dict(BLOCK_N=up.block_n, BLOCK_K=up.block_k),
+                dict(num_warps=up.num_warps, num_stages=up.num_stages, **up.options),
+            ),
+            Launch(
+                down_kernel,
+                (self.tokens * triton.cdiv(call.hidden, down.block_n),),
+                common | self._weights("w2") | self._weight(True)
+                | dict(
+                    out=self._given("out", by_token=True), out_stride=call.out.stride(0),
+                    WEIGHTED=not self.weight_on_input, BLOCK_N=down.block_n, BLOCK_K=down.block_k,
+                ),
+                dict(num_warps=down.num_warps, num_stages=down.num_stages, **down.options),
+            ),
+        ]  # fmt: skip
+
+
+class _Sorted(_Part):
+    """With routes sorted by expert, for matrix units."""
+
+    def __init__(self, call: FusedMoe, target: Target, tiles: Tiles, first: int, tokens: int):
+        super().__init__(call, target, tiles, first, tokens)
+        self.scaled = target.scaled and call.activation_dtype == "mxfp8"
+        self.tiles_bound = tiles_bound(self.routes, call.experts, tiles.block_m)
+        self.specialized = tiles.kernels == "hopper"
         """Whether the products are those of :mod:`.hopper`."""
 
         row_dtype = torch.uint8 if self.scaled else target.operand
@@ -63,21 +161,6 @@ class _Part:
         self.offsets = self._scratch(torch.int32, call.experts + 1)
         self.tile_list = self._scratch(torch.int32, self.tiles_bound, 2)
 
-    def _scratch(self, dtype: torch.dtype, *shape: int) -> Operand:
-        """The next piece of the workspace."""
-        operand = Operand(WORKSPACE, dtype, shape=shape, offset=self.workspace)
-        self.workspace += -(-operand.bytes // ALIGNMENT) * ALIGNMENT
-        return operand
-
-    def _given(self, name: str, by_token: bool = False, codes: bool = False) -> Operand:
-        """A tensor of the call; ``by_token``: this part's tokens of it; ``codes``: as bytes."""
-        dtype = torch.uint8 if codes else getattr(self.call, name).dtype
-        return Operand(name, dtype, (self.first, self.tokens) if by_token else None)
-
-    def _if_given(self, name: str, **how: bool) -> Operand | None:
-        """:meth:`_given`, or None for a tensor that the call does not have."""
-        return None if getattr(self.call, name) is None else self._given(name, **how)
-
     def launches(self) -> list[Launch]:
         gemm = self._specialized_gemm if self.specialized else self._gemm
         return [
@@ -89,32 +172,27 @@ class _Part:
         ]
 
     def _route(self) -> Launch:
-        call = self.call
         return Launch(
             route_kernel,
-            (call.experts,),
-            dict(
-                topk_ids=self._given("topk_ids", by_token=True), expert_map=self._if_given("expert_map"),
-                num_tokens=self._if_given("num_tokens"), slots=self.slots, routes=self.sorted_routes,
-                offsets=self.offsets, routes_total=self.routes, ids_stride=call.topk_ids.stride(0),
-                first_token=self.first, known=call.global_experts, EXPERTS=call.experts, TOPK=call.topk,
+            (self.call.experts,),
+            self._routing()
+            | dict(
+                slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
                 N=FEW_ROUTES if self.routes <= FEW_ROUTES else ROUTES_PER_STEP,
             ),
             dict(num_warps=8),
         )  # fmt: skip
 
     def _dispatch(self) -> Launch:
-        call, scale = self.call, self.call.hidden_states_scale
+        call = self.call
         parts = triton.cdiv(call.hidden // BLOCK, BLOCKS_PER_PROGRAM)
         return Launch(
             dispatch_kernel,
             (call.experts + self.tokens * parts,),
-            dict(
-                x=self._given("hidden_states", by_token=True, codes=scale is not None),
-                x_scale=self._if_given("hidden_states_scale", by_token=True, codes=True),
+            self._hidden_states()
+            | dict(
                 slots=self.slots, offsets=self.offsets, rows=self.rows, rows_scale=self.rows_scale,
-                tiles=self.tile_list, x_stride=call.hidden_states.stride(0),
-                x_scale_stride=0 if scale is None else scale.stride(0), tiles_bound=self.tiles_bound,
+                tiles=self.tile_list, tiles_bound=self.tiles_bound,
                 H=call.hidden, EXPERTS=call.experts, EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK=call.topk,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
                 N=BLOCKS_PER_PROGRAM,
@@ -123,16 +201,10 @@ class _Part:
 
     def _ending(self, gate_up: bool) -> dict:
         """What a product's kernel is told of what follows the product."""
-        call = self.call
-        weighted = gate_up and self.weight_on_input
-        limit = math.inf if call.swiglu_limit is None else rounded_to_fp32(call.swiglu_limit)
-        return dict(
-            offsets=self.offsets, tiles=self.tile_list, routes=self.sorted_routes,
-            topk_weights=self._given("topk_weights", by_token=True) if weighted else None,
-            weights_stride=call.topk_weights.stride(0) if weighted else 0,
-            alpha=rounded_to_fp32(call.swiglu_alpha), beta=rounded_to_fp32(call.swiglu_beta), limit=limit,
-            GATE_UP=gate_up, MXFP8=gate_up and call.activation_dtype == "mxfp8",
-            LIMITED=gate_up and math.isfinite(limit),
+        swiglu = self._swiglu()
+        return self._weight(gate_up and self.weight_on_input) | swiglu | dict(
+            offsets=self.offsets, tiles=self.tile_list, routes=self.sorted_routes, GATE_UP=gate_up,
+            MXFP8=gate_up and self.call.activation_dtype == "mxfp8", LIMITED=gate_up and swiglu["LIMITED"],
         )  # fmt: skip
 
     def _specialized_gemm(self, tile: Gemm, x: Operand, x_scale: Operand | None, name: str, gate_up: bool) -> Launch:
@@ -214,9 +286,9 @@ class _Part:
         return Launch(
             combine_kernel,
             (self.tokens * triton.cdiv(call.hidden, COLUMNS_PER_PROGRAM),),
-            dict(
-                terms=self.terms, slots=self.slots, topk_weights=self._given("topk_weights", by_token=True),
-                out=self._given("out", by_token=True), weights_stride=call.topk_weights.stride(0),
+            self._weight(True)
+            | dict(
+                terms=self.terms, slots=self.slots, out=self._given("out", by_token=True),
                 out_stride=call.out.stride(0), H=call.hidden, TOPK=call.topk, WEIGHTED=not self.weight_on_input,
                 N=COLUMNS_PER_PROGRAM,
             ),
@@ -243,17 +315,25 @@ def warp_specialized(call: FusedMoe, target: Target) -> bool:
     )
 
 
+def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
+    """Whether the kernels that ``tiles`` are for take the call."""
+    if tiles.kernels == "hopper":
+        return warp_specialized(call, target)
+    return tiles.kernels == "gemm" or call.layout == "row_major"
+
+
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     """What computes ``call`` and all calls of the same kind; ``tiles`` instead of the configured ones."""
     if tiles is None:
         tiles = configs.choose(
             target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,
             intermediate=call.intermediate, experts=max(call.experts, call.global_experts), topk=call.topk,
-            warp_specialized=warp_specialized(call, target),
+            admits=lambda tiles: admits(call, target, tiles),
         )  # fmt: skip
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)
     step = max(1, LARGEST_WORKSPACE // token_bytes)
-    parts = [_Part(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
+    kind = _RouteByRoute if tiles.kernels == "matvec" else _Sorted
+    parts = [kind(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
     launches = [launch for part in parts for launch in part.launches()]
     return Plan(launches, max((part.workspace for part in parts), default=0))

@@ -41,12 +41,16 @@ def rceil_excess(exponent: int) -> int:
     return (14 * slack + 7) // 8
 
 
-_EXPONENTS = range(255 - MAX_EXPONENT.value)
-_STEPS = [e for e in _EXPONENTS if e == 0 or rceil_excess(e) != rceil_excess(e - 1)]
+_DISTANCES = range(1, 128)
+_STEPS = [d for d in _DISTANCES if rceil_excess(127 + d) != rceil_excess(126 + d)]
 RCEIL_STEPS = tl.constexpr(len(_STEPS))
 RCEIL_FROM = tl.constexpr(tuple(_STEPS))
-RCEIL_EXCESS = tl.constexpr(tuple(rceil_excess(e) for e in _STEPS))
-"""From exponent RCEIL_FROM[i] on, the excess is RCEIL_EXCESS[i]."""
+RCEIL_EXCESS = tl.constexpr(tuple(rceil_excess(127 + d) for d in _STEPS))
+"""Of an exponent k without bias, and of -k - 1: from k = RCEIL_FROM[i] on, the excess is RCEIL_EXCESS[i]."""
+RCEIL_EXCESS_0 = tl.constexpr(rceil_excess(0))
+"""Of the biased exponent 0."""
+
+assert all(rceil_excess(127 + d) == rceil_excess(126 - d) for d in range(126)) and rceil_excess(127) == 0
 
 
 @triton.jit
@@ -60,9 +64,12 @@ def scale_byte(amax, ROUNDING: tl.constexpr):
     """Bits of amax, int32 of any shape -> E8M0 byte, int32. ROUNDING as in :func:`..reference.scale_bytes`."""
     if ROUNDING == "rceil":
         exponent = (amax >> 23) - MAX_EXPONENT
+        distance = exponent - 127
+        distance ^= distance >> 31
         limit = amax & 0  # zeros, in Gluon as well
         for i in tl.static_range(RCEIL_STEPS):
-            limit = tl.where(exponent >= RCEIL_FROM[i], RCEIL_EXCESS[i], limit)
+            limit = tl.where(distance >= RCEIL_FROM[i], RCEIL_EXCESS[i], limit)
+        limit = tl.where(exponent == 0, RCEIL_EXCESS_0, limit)
         up = (exponent >= 0) & ((amax & 0x7FFFFF) - MAX_MANTISSA > limit)
         byte = tl.maximum(exponent, 0) + up.to(tl.int32)
     else:
@@ -132,3 +139,28 @@ def cast(x, dtype: tl.constexpr):
             bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
             x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def rounded(x, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """x [N, 32], blocks of any float type -> rounded to MXFP8, or else to bf16, fp32."""
+    x = cast(x, tl.float32)
+    if MXFP8:
+        byte = scale_byte(block_amax(x), "rceil")
+        if NATIVE_E4M3:
+            value = encode_natively(x, byte[:, None]).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            value = decode(encode(x, byte[:, None]))
+        result = value * factor(byte)[:, None]
+    else:
+        result = cast(cast(x, tl.bfloat16), tl.float32)
+    return result
+
+
+@triton.jit
+def swiglu(gate, up, alpha, beta, limit, LIMITED: tl.constexpr):
+    """gate * sigmoid(alpha * gate) * (up + beta), fp32; LIMITED: of a gate at most, an up within, ``limit``."""
+    if LIMITED:  # comparisons that keep NaN
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    return gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
