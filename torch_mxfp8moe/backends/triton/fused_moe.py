@@ -105,7 +105,8 @@ class _RouteByRoute(_Part):
     """With the kernels of :mod:`.matvec`."""
 
     def launches(self) -> list[Launch]:
-        call, (up, down) = self.call, (self.tiles.gemm1, self.tiles.gemm2)
+        call, up, down = self.call, self.tiles.gemm1, self.tiles.gemm2
+        assert call.out is not None
         inner = self._scratch(torch.float32, self.routes, call.intermediate)
         common = self._routing() | dict(
             inner=inner, H=call.hidden, N=call.intermediate, MXFP8=call.activation_dtype == "mxfp8",

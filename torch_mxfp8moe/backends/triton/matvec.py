@@ -9,7 +9,7 @@ way while it works on this one, rounds the activations itself, and sums in fp32.
 import triton
 import triton.language as tl
 
-from .numerics import BLOCK, cast, decode, factor, rounded, swiglu
+from .numerics import BLOCK, block_amax, cast, decode, encode, encode_natively, factor, scale_byte, swiglu
 from .routing import local_experts
 
 PIECE = tl.constexpr(16)
@@ -72,6 +72,22 @@ def _activations(x, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A row from column k on, in blocks, [BLOCK_K / BLOCK, BLOCK], zeros beyond K."""
     index = k + tl.arange(0, BLOCK_K // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     return tl.load(x + index, mask=index < K if K % BLOCK_K else None, other=0 if K % BLOCK_K else None)
+
+
+@triton.jit
+def _rounded(x, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr):
+    """x [N, 32], blocks of any float type -> rounded to MXFP8, or else to bf16, fp32."""
+    x = cast(x, tl.float32)
+    if MXFP8:
+        byte = scale_byte(block_amax(x), "rceil")
+        if NATIVE_E4M3:
+            value = encode_natively(x, byte[:, None]).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            value = decode(encode(x, byte[:, None]))
+        result = value * factor(byte)[:, None]
+    else:
+        result = cast(cast(x, tl.bfloat16), tl.float32)
+    return result
 
 
 @triton.jit
@@ -147,7 +163,7 @@ def gate_up_kernel(
                 x_byte = tl.load(x_scale + block, mask=block < H // BLOCK, other=0).to(tl.int32)
                 operand = decode(values.to(tl.int32)) * factor(x_byte)[:, None]
             else:
-                operand = rounded(values, MXFP8, NATIVE_E4M3)
+                operand = _rounded(values, MXFP8, NATIVE_E4M3)
             total += _products(words, byte, operand, NATIVE_E4M3)
             words, byte, values = words_next, byte_next, values_next
         result = tl.sum(total, axis=1)
@@ -208,7 +224,7 @@ def down_kernel(
             )  # fmt: skip
             values_next = _activations(inner + (i + 1) // pieces * N, (i + 1) % pieces * BLOCK_K, N, BLOCK_K)
         if expert >= 0:
-            operand = rounded(values, MXFP8, NATIVE_E4M3)
+            operand = _rounded(values, MXFP8, NATIVE_E4M3)
             products = _products(words, byte, operand, NATIVE_E4M3)
             weight = 1.0
             if WEIGHTED:

@@ -142,22 +142,6 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr):
-    """x [N, 32], blocks of any float type -> rounded to MXFP8, or else to bf16, fp32."""
-    x = cast(x, tl.float32)
-    if MXFP8:
-        byte = scale_byte(block_amax(x), "rceil")
-        if NATIVE_E4M3:
-            value = encode_natively(x, byte[:, None]).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            value = decode(encode(x, byte[:, None]))
-        result = value * factor(byte)[:, None]
-    else:
-        result = cast(cast(x, tl.bfloat16), tl.float32)
-    return result
-
-
-@triton.jit
 def swiglu(gate, up, alpha, beta, limit, LIMITED: tl.constexpr):
     """gate * sigmoid(alpha * gate) * (up + beta), fp32; LIMITED: of a gate at most, an up within, ``limit``."""
     if LIMITED:  # comparisons that keep NaN
