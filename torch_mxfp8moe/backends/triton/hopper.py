@@ -66,49 +66,111 @@ def _codes_layout(rows, permuted):
     )
 
 
-_UPCAST = gl.constexpr(
-    """{
+def _upcast_assembly(half: str) -> str:
+    """Four codes, as their values times the bf16 in one ``half`` of a register. Each step but the last is exact, and
+    keeps NaN."""
+    return f"""{{
     .reg .b16 low, high, h0, h1, h2, h3;
-    .reg .b32 first, second;
+    .reg .b32 first, second, scale;
     .reg .f32 f0, f1, f2, f3;
-    mov.b32 {low, high}, $2;
+    mov.b32 {{low, high}}, $2;
     cvt.rn.f16x2.e4m3x2 first, low;
     cvt.rn.f16x2.e4m3x2 second, high;
-    mov.b32 {h0, h1}, first;
-    mov.b32 {h2, h3}, second;
+    mov.b32 {{h0, h1}}, first;
+    mov.b32 {{h2, h3}}, second;
     cvt.f32.f16 f0, h0;
     cvt.f32.f16 f1, h1;
     cvt.f32.f16 f2, h2;
     cvt.f32.f16 f3, h3;
     cvt.rn.bf16x2.f32 first, f1, f0;
     cvt.rn.bf16x2.f32 second, f3, f2;
-    mul.bf16x2 $0, first, $3;
-    mul.bf16x2 $1, second, $4;
-    }"""
-)
-"""Four codes, as their values times four bf16. Each step but the last is exact, and keeps NaN."""
+    mov.b32 {{low, high}}, $3;
+    mov.b32 scale, {{{half}, {half}}};
+    mul.bf16x2 $0, first, scale;
+    mul.bf16x2 $1, second, scale;
+    }}"""
+
+
+_UPCAST = gl.constexpr(tuple(_upcast_assembly(half) for half in ("low", "high")))
+
+
+def _scale_assembly(count: int) -> str:
+    """Scale bytes of a lane, four in each of ``count`` registers, as 2^(byte - 127) / HELD_TIMES in bf16, NaN for 255.
+
+    Of four the lane needs two, which become the halves of a register; the last input is ``prmt``'s selector of them.
+    bf16's bits are (byte - 3) << 7 where that is a normal number. It is not from 3 down, nor for 255; a warp that meets
+    one of these, which are rare, takes the longer way, which is exact for all.
+    """
+    used = [f"used{i}" for i in range(count)]
+    lines = [
+        f".reg .b32 {', '.join(used)}, above, most, value;",
+        ".reg .b32 fours, ones, eighths, last;",
+        ".reg .b16 low, high;",
+        ".reg .pred rare;",
+        "mov.b32 fours, 0xfffcfffc;",  # minus 4
+        "mov.b32 most, 0;",
+    ]
+    for i, byte in enumerate(used):
+        lines += [
+            f"prmt.b32 {byte}, ${count + i}, 0, ${2 * count};",
+            f"add.u16x2 above, {byte}, fours;",  # from 0 to 250, or rare
+            "max.u16x2 most, most, above;",
+            f"mad.lo.u32 ${i}, {byte}, 0x80, {-0x01800180 & 0xFFFFFFFF:#x};",
+        ]
+    lines += [
+        "mov.b32 {low, high}, most;",
+        "max.u16 low, low, high;",
+        "setp.gt.u16 rare, low, 250;",
+        "vote.sync.any.pred rare, rare, 0xffffffff;",
+        "@!rare bra.uni done;",
+        "mov.b32 ones, 0x00010001;",
+        "mov.b32 last, 0x00fe00fe;",
+        "mov.b32 eighths, 0x3e003e00;",
+    ]
+    for i, byte in enumerate(used):
+        lines += [
+            f"shl.b32 value, {byte}, 7;",  # 2^(byte - 127); 0 and Inf for 0 and 255
+            "mul.bf16x2 value, value, eighths;",
+            f"min.u16x2 above, {byte}, ones;",
+            "mad.lo.u32 value, above, -8, value;",  # 8 less where byte is not 0
+            f"max.u16x2 above, {byte}, last;",
+            "mad.lo.u32 value, above, 0x40, value;",  # 254 * 0x40 more, and 0x40 where it is 255
+            f"add.u32 ${i}, value, {0x00080008 - 0x3F803F80 & 0xFFFFFFFF:#x};",
+        ]
+    return "{\n" + "\n".join([*lines, "done:"]) + "\n}"
+
+
+assert HELD_TIMES.value == 8  # which the numbers above are made for
+_SCALES = gl.constexpr({count: _scale_assembly(count) for count in (4, 8)})
 
 
 @gluon.jit
-def _scale_value(byte):
-    """E8M0 bytes, int32 -> 2^(byte - 127) / HELD_TIMES in bf16, exactly; NaN for 255."""
-    gl.static_assert(HELD_TIMES == 8.0)
-    bits = gl.where(byte > 3, (byte - 3) << 7, 8 << byte)  # a subnormal from 3 down
-    bits = gl.where(byte == SCALE_NAN, 0x7FC0, bits)
-    return bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
+def _scale_values(word0, word1, selector, STEPS: gl.constexpr):
+    """Words of scale bytes of STEPS steps, [rows, 2] for each product, -> what ``_upcast`` takes for two steps at a
+    time: of the first product and then of the second."""
+    if STEPS == 4:
+        return gl.inline_asm_elementwise(
+            _SCALES[8], "=&r," * 8 + "r," * 9 + "r",
+            [word0.to(gl.int32), (word0 >> 32).to(gl.int32), word1.to(gl.int32), (word1 >> 32).to(gl.int32), selector],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            _SCALES[4], "=&r," * 4 + "r," * 5 + "r", [word0.to(gl.int32), word1.to(gl.int32), selector],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @gluon.jit
-def _upcast(codes, byte, PERMUTED: gl.constexpr, LAYOUT: gl.constexpr):
-    """Codes [rows, 64], scale bytes [rows, 2] -> their values, divided by HELD_TIMES, in bf16, [rows, 64] with K, and
-    rows if PERMUTED, in product order."""
+def _upcast(codes, scale, HALF: gl.constexpr, PERMUTED: gl.constexpr, LAYOUT: gl.constexpr):
+    """Codes [rows, 64], scales [rows, 2] in one half of int32 -> their values, divided by HELD_TIMES, in bf16,
+    [rows, 64] with K, and rows if PERMUTED, in product order."""
     rows: gl.constexpr = codes.shape[0]
     codes = gl.reshape(codes, (rows, 2, 32))
     codes = gl.convert_layout(codes, _blocks_layout(rows, PERMUTED), assert_trivial=True)
-    scale = gl.expand_dims(_scale_value(byte), 2)
-    codes, scale = gl.broadcast(codes, scale)
+    codes, scale = gl.broadcast(codes, gl.expand_dims(scale, 2))
     value = gl.inline_asm_elementwise(
-        _UPCAST, "=r,=r,r,r,r", [codes, scale], dtype=gl.bfloat16, is_pure=True, pack=4
+        _UPCAST[HALF], "=r,=r,r,r,r,r,r", [codes, scale], dtype=gl.bfloat16, is_pure=True, pack=4
     )  # fmt: skip
     if PERMUTED:
         value = gl.reshape(value, (rows // 64, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2))
@@ -146,23 +208,18 @@ def _load(
 
 
 @gluon.jit
-def _scale_words(
-    w_scale, expert, row, GROUP: gl.constexpr, ROWS: gl.constexpr, K: gl.constexpr, WORD: gl.constexpr,
-    PERMUTED: gl.constexpr,
-):  # fmt: skip
-    """Where the scale bytes of GROUP rows begin, from ``row`` on, of the ROWS of an expert's weight: [GROUP, 2], twice
-    the same, as words of type WORD."""
+def _scale_rows(row, GROUP: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr, PERMUTED: gl.constexpr):
+    """Where the scale bytes of GROUP rows begin, from ``row`` on, of ROWS with WORDS words each: [GROUP, 2], twice the
+    same."""
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
     rows = row + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
     rows = gl.where(rows < ROWS, rows, 0)
-    scales = w_scale + expert.to(gl.int64) * (ROWS * (K // BLOCK)) + rows * (K // BLOCK)
-    twice = gl.expand_dims(scales.to(gl.pointer_type(WORD), bitcast=True), 1)
-    return twice + gl.zeros([GROUP, 2], gl.int32, layout)
+    return (gl.expand_dims(rows * WORDS, 1) + gl.zeros([GROUP, 2], gl.int32, layout)).to(gl.uint32)
 
 
 @gluon.jit
 def _multiply(
-    ring, scales0, scales1, last, stage, phase,
+    ring, scales, rows0, rows1, trips, stage, phase,
     M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
     PERMUTED: gl.constexpr,
 ):  # fmt: skip
@@ -174,41 +231,50 @@ def _multiply(
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOTAL, k_width=2)
     CODES: gl.constexpr = _codes_layout(GROUP, PERMUTED)
+    # Stages that are the same in each trip are known to the compiler.
+    FIXED: gl.constexpr = STEPS % STAGES == 0
     total0 = gl.zeros([GROUP, M], gl.float32, TOTAL)
     total1 = warpgroup_mma_init(gl.zeros([GROUP, M], gl.float32, TOTAL))
     left1 = gl.zeros([GROUP, COLUMNS], gl.bfloat16, LEFT)
-    # Of a stage's two bytes a lane needs that of its block: it is shifted to the end of each 16 bits.
+    # Of a step's two bytes a lane needs that of its block, and each in 16 bits.
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
-    shift = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)) * 8, 0)
-    word0 = gl.load(scales0)
-    word1 = gl.load(scales1)
-    for i in range(last + 1):
-        next0 = gl.load(scales0 + gl.minimum(i + 1, last))
-        next1 = gl.load(scales1 + gl.minimum(i + 1, last))
-        word0 = word0 >> shift
-        word1 = word1 >> shift
+    block = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)), 0)
+    selector = gl.zeros([GROUP, 2], gl.int32, layout) + (0x4040 if STEPS == 1 else 0x4240) + 0x0101 * block
+    word0 = gl.load(scales + rows0)
+    word1 = gl.load(scales + rows1)
+    for i in range(trips):
+        ahead = scales + gl.minimum(i + 1, trips - 1)
+        next0 = gl.load(ahead + rows0)
+        next1 = gl.load(ahead + rows1)
+        values = _scale_values(word0, word1, selector, STEPS)
         for step in gl.static_range(STEPS):
-            mbarrier.wait(full.index(stage), phase)
-            right = x_ring.index(stage).slice(0, M).permute((1, 0))
-            codes = w_ring.index(stage).reshape((2 * GROUP, COLUMNS))
+            at = step % STAGES if FIXED else stage
+            before = (step + STAGES - 1) % STAGES if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)
+            mbarrier.wait(full.index(at), phase)
+            right = x_ring.index(at).slice(0, M).permute((1, 0))
+            codes = w_ring.index(at).reshape((2 * GROUP, COLUMNS))
             codes0 = codes.slice(0, GROUP).load(CODES)
             codes1 = codes.slice(GROUP, GROUP).load(CODES)
             # left0 and left1 are handed through the waits, since the matrix unit reads them until then.
-            left0 = _upcast(codes0, (word0 >> 16 * step).to(gl.int32) & 0xFF, PERMUTED, LEFT)
+            left0 = _upcast(codes0, values[step // 2], step % 2, PERMUTED, LEFT)
             total0 = warpgroup_mma(left0, right, total0, is_async=True)
             total1, left1 = warpgroup_mma_wait(1, [total1, left1])
-            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1, pred=i + step > 0)
-            left1 = _upcast(codes1, (word1 >> 16 * step).to(gl.int32) & 0xFF, PERMUTED, LEFT)
+            mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
+            left1 = _upcast(codes1, values[(STEPS + 1) // 2 + step // 2], step % 2, PERMUTED, LEFT)
             total1 = warpgroup_mma(left1, right, total1, is_async=True)
             total0, left0 = warpgroup_mma_wait(1, [total0, left0])
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
+            if FIXED:
+                if step % STAGES == STAGES - 1:
+                    phase ^= 1
+            else:
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase ^= 1
         word0 = next0
         word1 = next1
     total1, left1 = warpgroup_mma_wait(0, [total1, left1])
-    mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), count=1)
+    mbarrier.arrive(empty.index(STAGES - 1 if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)), count=1)
     return total0, total1, stage, phase
 
 
@@ -295,11 +361,13 @@ def _tile(
     other = n + (N if GATE_UP else GROUP)
     STEPS: gl.constexpr = 4 if K % 256 == 0 else 2 if K % 128 == 0 else 1
     WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
-    scales0 = _scale_words(w_scale, expert, n, GROUP, rows, K, WORD, GATE_UP)
-    scales1 = _scale_words(w_scale, expert, other, GROUP, rows, K, WORD, GATE_UP)
-    last = steps // STEPS - 1
+    WORDS: gl.constexpr = K // COLUMNS // STEPS
+    scales = w_scale + expert.to(gl.int64) * (rows * (K // BLOCK))
+    scales = scales.to(gl.pointer_type(WORD), bitcast=True)
+    rows0 = _scale_rows(n, GROUP, rows, WORDS, GATE_UP)
+    rows1 = _scale_rows(other, GROUP, rows, WORDS, GATE_UP)
     total0, total1, stage, phase = _multiply(
-        ring, scales0, scales1, last, stage, phase, M, GROUP, STAGES, STEPS, GATE_UP
+        ring, scales, rows0, rows1, steps // STEPS, stage, phase, M, GROUP, STAGES, STEPS, GATE_UP
     )  # fmt: skip
     _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED)
     return stage, phase
