@@ -208,13 +208,16 @@ def _load(
 
 
 @gluon.jit
-def _scale_rows(row, GROUP: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr, PERMUTED: gl.constexpr):
-    """Where the scale bytes of GROUP rows begin, from ``row`` on, of ROWS with WORDS words each: [GROUP, 2], twice the
-    same."""
+def _scale_rows(
+    row, SKIPPED: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, WHOLE: gl.constexpr, PERMUTED: gl.constexpr
+):
+    """GROUP rows, SKIPPED after ``row``, as their distances from it, [GROUP, 2], each twice. It is 0 for those from ROWS
+    on, of which there are none if WHOLE."""
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
-    rows = row + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
-    rows = gl.where(rows < ROWS, rows, 0)
-    return (gl.expand_dims(rows * WORDS, 1) + gl.zeros([GROUP, 2], gl.int32, layout)).to(gl.uint32)
+    rows = SKIPPED + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
+    if not WHOLE:
+        rows = gl.where(row + rows < ROWS, rows, 0)
+    return gl.expand_dims(rows, 1) + gl.zeros([GROUP, 2], gl.int32, layout)
 
 
 @gluon.jit
@@ -243,11 +246,12 @@ def _multiply(
     word0 = gl.load(scales + rows0)
     word1 = gl.load(scales + rows1)
     for i in range(trips):
-        ahead = scales + gl.minimum(i + 1, trips - 1)
-        next0 = gl.load(ahead + rows0)
-        next1 = gl.load(ahead + rows1)
         values = _scale_values(word0, word1, selector, STEPS)
         for step in gl.static_range(STEPS):
+            if step == STEPS // 2:  # when half of the registers that values takes are free
+                ahead = scales + gl.minimum(i + 1, trips - 1)
+                word0 = gl.load(ahead + rows0)
+                word1 = gl.load(ahead + rows1)
             at = step % STAGES if FIXED else stage
             before = (step + STAGES - 1) % STAGES if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)
             mbarrier.wait(full.index(at), phase)
@@ -259,10 +263,10 @@ def _multiply(
             left0 = _upcast(codes0, values[step // 2], step % 2, PERMUTED, LEFT)
             total0 = warpgroup_mma(left0, right, total0, is_async=True)
             total1, left1 = warpgroup_mma_wait(1, [total1, left1])
-            mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
             left1 = _upcast(codes1, values[(STEPS + 1) // 2 + step // 2], step % 2, PERMUTED, LEFT)
             total1 = warpgroup_mma(left1, right, total1, is_async=True)
             total0, left0 = warpgroup_mma_wait(1, [total0, left0])
+            mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
             if FIXED:
                 if step % STAGES == STAGES - 1:
                     phase ^= 1
@@ -271,8 +275,6 @@ def _multiply(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
-        word0 = next0
-        word1 = next1
     total1, left1 = warpgroup_mma_wait(0, [total1, left1])
     mbarrier.arrive(empty.index(STAGES - 1 if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)), count=1)
     return total0, total1, stage, phase
@@ -357,15 +359,14 @@ def _tile(
     GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """A tile of M slots; the next stage and phase."""
-    rows: gl.constexpr = 2 * N if GATE_UP else N
-    other = n + (N if GATE_UP else GROUP)
+    ROWS: gl.constexpr = 2 * N if GATE_UP else N
+    WHOLE: gl.constexpr = N % (GROUP if GATE_UP else 2 * GROUP) == 0
     STEPS: gl.constexpr = 4 if K % 256 == 0 else 2 if K % 128 == 0 else 1
     WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
     WORDS: gl.constexpr = K // COLUMNS // STEPS
-    scales = w_scale + expert.to(gl.int64) * (rows * (K // BLOCK))
-    scales = scales.to(gl.pointer_type(WORD), bitcast=True)
-    rows0 = _scale_rows(n, GROUP, rows, WORDS, GATE_UP)
-    rows1 = _scale_rows(other, GROUP, rows, WORDS, GATE_UP)
+    scales = (w_scale + (expert.to(gl.int64) * ROWS + n) * (K // BLOCK)).to(gl.pointer_type(WORD), bitcast=True)
+    rows0 = _scale_rows(n, 0, GROUP, ROWS, WHOLE, GATE_UP) * WORDS
+    rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, GATE_UP) * WORDS
     total0, total1, stage, phase = _multiply(
         ring, scales, rows0, rows1, steps // STEPS, stage, phase, M, GROUP, STAGES, STEPS, GATE_UP
     )  # fmt: skip
