@@ -281,6 +281,15 @@ def _multiply(
 
 
 @gluon.jit
+def _one_plus_exp(x):
+    """1 + e^x, fp32, the same bits as with ``gl.exp``, which takes care of an e^x too small to count."""
+    power = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+    return 1.0 + power
+
+
+@gluon.jit
 def _with_bias(total, bias, row, rows, PERMUTED: gl.constexpr):
     """total [rows of a tile, M] + what its rows have in bias [rows]; ``row``: the first one."""
     position = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, total.type.layout))
@@ -293,14 +302,21 @@ def _with_bias(total, bias, row, rows, PERMUTED: gl.constexpr):
 @gluon.jit
 def _mxfp8(value):
     """value [N, M] fp32, rows in product order -> rounded to MXFP8 in blocks of 32 rows, times HELD_TIMES."""
-    # In product order bit 2 tells one block of 64 rows from the other.
-    blocks = gl.reshape(value, (value.shape[0] // 64, 8, 2, 4, value.shape[1]))
-    bits = blocks.to(gl.int32, bitcast=True) & 0x7FFFFFFF
-    byte = scale_byte(gl.max(gl.max(bits, axis=3), axis=1), "rceil")
-    byte = gl.expand_dims(gl.expand_dims(byte, 1), 3)
-    scaled = blocks * ((254 - byte) << 23).to(gl.float32, bitcast=True)
-    code = scaled.to(gl.float8e4nv).to(gl.float32)
-    result = gl.where(byte == SCALE_NAN, float("nan"), code * (factor(byte) * HELD_TIMES))
+    WARPS: gl.constexpr = value.shape[0] // 16
+    M: gl.constexpr = value.shape[1]
+    # A warp has 16 rows. Of their positions bit 3 tells a lane's two from each other, bit 2 one block of 64 rows from
+    # the other.
+    blocks = gl.reshape(value, (WARPS // 4, 4, 2, 2, 4, M))
+    amax = gl.max(gl.max(blocks.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=2), axis=3)
+    # One scale for a thread at a time, where all of a block's would have the same ones.
+    layout: gl.constexpr = gl.BlockedLayout([1, 4, 1, 1], [1, 1, 1, 32], [WARPS // 4, 1, 2, 2], [3, 2, 1, 0])
+    byte = scale_byte(gl.max(gl.convert_layout(amax, layout), axis=1), "rceil")
+    held = factor(byte) * HELD_TIMES
+    held = gl.convert_layout(held, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(4, blocks.type.layout))))
+    held = gl.expand_dims(gl.expand_dims(gl.expand_dims(held, 1), 2), 4)
+    # 2^(127 - byte) from 2^(byte - 124), modulo 2^32; what it is for NaN does not matter.
+    inverse = (-(255 << 23) - held.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+    result = (blocks * inverse).to(gl.float8e4nv).to(gl.float32) * held
     return gl.convert_layout(gl.reshape(result, value.shape), value.type.layout, assert_trivial=True)
 
 
@@ -340,7 +356,7 @@ def _finish(
         if LIMITED:  # comparisons that keep NaN
             total0 = gl.where(total0 > limit, limit, total0)
             total1 = gl.where(total1 > limit, limit, gl.where(total1 < -limit, -limit, total1))
-        result = total0 / (1.0 + gl.exp(-alpha * total0)) * (total1 + beta)
+        result = total0 / _one_plus_exp(-alpha * total0) * (total1 + beta)
         result = _mxfp8(result) if MXFP8 else result.to(gl.bfloat16).to(gl.float32) * HELD_TIMES
         _store(out, result.to(gl.bfloat16), first, end, column, N)
     else:
