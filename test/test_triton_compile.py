@@ -26,7 +26,9 @@ if _interpreted():
     pytest.skip("TRITON_INTERPRET is set, so nothing is compiled", allow_module_level=True)
 
 import machine_code  # noqa: E402
+import sass  # noqa: E402
 from gfx950_simulator import assembly, code_object  # noqa: E402
+from test_gpu_hopper import TILES  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
 from torch_mxfp8moe.backends.triton.fused_moe import admits, plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
@@ -108,8 +110,9 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
     """``launches`` as code, checked; what equals an earlier one is compiled once. Products may use ``stack`` bytes."""
     record("target", arch)
     record("kernels", len(launches))
-    codes = [_code(kernel, arch) for kernel in compile_offline(launches, Target(arch))]
-    for launch, code in zip(launches, codes):
+    kernels = compile_offline(launches, Target(arch))
+    codes = [_code(kernel, arch) for kernel in kernels]
+    for launch, kernel, code in zip(launches, kernels, codes):
         if launch.kernel is grouped_gemm_kernel:
             arguments = launch.arguments
             try:
@@ -118,7 +121,8 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
                 tile = {name: arguments[name] for name in ("GATE_UP", "BLOCK_M", "BLOCK_N", "BLOCK_K", "N", "K")}
                 raise AssertionError(f"{tile} {launch.options}: {error}") from None
         elif launch.kernel is warpgroup_gemm_kernel:
-            machine_code.check_gemm(code, scaled=False, descriptors=True)
+            machine_code.check_gemm(code, scaled=False, descriptors=True, stack=stack)
+            sass.check_right_operands(sass.disassemble(kernel.asm["cubin"]))
             programs = (1 << 16) // (launch.options["maxnreg"] * 32 * code.warps)
             assert programs * code.shared <= machine_code.SHARED[arch], f"{programs} do not fit: {code.summary}"
         else:
@@ -174,6 +178,21 @@ def test_products_of_listed_shapes(arch, record_property):
     if not both:
         pytest.skip(f"the tiles of {arch} are the same for all shapes")
     compiled(both, arch, record_property)
+
+
+@pytest.mark.parametrize(
+    "tiles, sizes",
+    [
+        pytest.param(tiles, sizes, id=f"{tiles}-{sizes}")
+        for tiles, sizes in product(TILES, ((256, 768), (128, 192), (64, 320)))
+        if SCOPE == 2 or sizes == (256, 768) or (SCOPE and tiles == next(iter(TILES)))
+    ],
+)
+def test_tiles_of_the_gpu_tests(tiles, sizes, record_property):
+    """sm_90, one warp loads: with tiles and K of all kinds, the latter from one step on."""
+    H, I = sizes
+    stack = 32 if TILES[tiles].gemm1.num_warps == 8 else 0  # some words outside the loop
+    compiled(launches(moe(H, I, 5, 2), "sm_90", TILES[tiles])[2:4], "sm_90", record_property, stack=stack)
 
 
 ARGUMENTS = (

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .memory import PRODUCT_ORDER, in_product_order
-from .numerics import BLOCK, HELD_TIMES, SCALE_NAN, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, factor, scale_byte
 
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.7
 
@@ -94,7 +94,7 @@ def _upcast_assembly(half: str) -> str:
 _UPCAST = gl.constexpr(tuple(_upcast_assembly(half) for half in ("low", "high")))
 
 
-def _scale_assembly(count: int) -> str:
+def scale_assembly(count: int) -> str:
     """Scale bytes of a lane, four in each of ``count`` registers, as 2^(byte - 127) / HELD_TIMES in bf16, NaN for 255.
 
     Of four the lane needs two, which become the halves of a register; the last input is ``prmt``'s selector of them.
@@ -141,7 +141,7 @@ def _scale_assembly(count: int) -> str:
 
 
 assert HELD_TIMES.value == 8  # which the numbers above are made for
-_SCALES = gl.constexpr({count: _scale_assembly(count) for count in (4, 8)})
+_SCALES = gl.constexpr({count: scale_assembly(count) for count in (4, 8)})
 
 
 @gluon.jit
@@ -211,8 +211,8 @@ def _load(
 def _scale_rows(
     row, SKIPPED: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, WHOLE: gl.constexpr, PERMUTED: gl.constexpr
 ):
-    """GROUP rows, SKIPPED after ``row``, as their distances from it, [GROUP, 2], each twice. It is 0 for those from ROWS
-    on, of which there are none if WHOLE."""
+    """GROUP rows, SKIPPED after ``row``, as their distances from it, [GROUP, 2], each twice. Those from ROWS on have 0;
+    there are none if WHOLE."""
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
     rows = SKIPPED + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
     if not WHOLE:

@@ -1,0 +1,161 @@
+"""The product of sm_90 in which one warp loads, as far as it takes no GPU: assembly in it, and what checks the machine
+code that becomes of it."""
+
+import re
+
+import pytest
+import torch
+
+import sass
+from helpers import assert_equal, only_cpu
+
+pytestmark = only_cpu
+
+OTHER_WIDTH = """
+        /*14f0*/                   ULEA UR9, UR5, UR6, 0xd ;
+        /*1510*/                   USHF.R.U32.HI UR8, URZ, 0x4, UR9 ;
+        /*1560*/                   USGXT.U32 UR8, UR8, 0xe ;
+        /*1770*/              @P4  BRA `(.L_x_18) ;
+        /*17e0*/                   UMOV UR22, UR8 ;
+        /*17f0*/                   UMOV UR23, 0x40000040 ;
+        /*1800*/                   UIADD3 UR10, UP0, UR8, 0x2, URZ ;
+        /*1820*/                   UMOV UR5, URZ ;
+        /*1830*/                   UIADD3.X UR11, UR5, 0x40000040, URZ, UP0, !UPT ;
+        /*1850*/                   UIADD3.64 UR30, UR10, 0x2, URZ ;
+        /*1860*/                   UIADD3.64 UR26, UR10, 0x4, URZ ;
+        /*1e70*/                   HGMMA.64x32x16.F32.BF16 R40, R68, gdesc[UR20], RZ, !UPT ;
+        /*1fa0*/                   HGMMA.64x32x16.F32.BF16 R40, R64, gdesc[UR8], R40 ;
+        /*2290*/                   HGMMA.64x32x16.F32.BF16 R40, R60, gdesc[UR28], R40 ;
+        /*23f0*/                   HGMMA.64x32x16.F32.BF16 R40, R56, gdesc[UR24], R40, gsb0 ;
+        /*2440*/                   HGMMA.64x32x16.F32.BF16 R24, R84, gdesc[UR20], RZ, !UPT ;
+        /*2450*/                   HGMMA.64x32x16.F32.BF16 R24, R80, gdesc[UR8], R24 ;
+        /*2460*/                   HGMMA.64x32x16.F32.BF16 R24, R76, gdesc[UR28], R24 ;
+        /*2470*/                   HGMMA.64x32x16.F32.BF16 R24, R72, gdesc[UR24], R24, gsb0 ;
+        /*5350*/                   EXIT ;
+.L_x_18:
+        /*53b0*/                   UMOV UR22, UR8 ;
+        /*53c0*/                   UMOV UR23, 0x40000040 ;
+        /*53d0*/                   UIADD3 UR8, UP0, UR10, 0x2, URZ ;
+        /*53f0*/                   UMOV UR30, UR22 ;
+        /*5400*/                   UMOV UR31, UR23 ;
+        /*5410*/                   UMOV UR26, UR8 ;
+        /*5980*/                   UIADD3.X UR9, UR11, URZ, URZ, UP0, !UPT ;
+        /*59b0*/                   UIADD3 UR8, UP0, UR10, 0x4, URZ ;
+        /*59e0*/                   UMOV UR27, UR9 ;
+        /*59f0*/                   HGMMA.64x64x16.F32.BF16 R56, R104, gdesc[UR20], RZ, !UPT ;
+        /*5a00*/                   UIADD3.X UR9, UR11, URZ, URZ, UP0, !UPT ;
+        /*5a20*/                   UMOV UR22, UR8 ;
+        /*5a60*/                   UMOV UR23, UR9 ;
+        /*5cb0*/                   HGMMA.64x64x16.F32.BF16 R56, R108, gdesc[UR8], R56 ;
+        /*6000*/                   HGMMA.64x64x16.F32.BF16 R56, R112, gdesc[UR24], R56 ;
+        /*6010*/                   HGMMA.64x64x16.F32.BF16 R56, R116, gdesc[UR20], R56, gsb0 ;
+        /*6060*/                   HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR28], RZ, !UPT ;
+        /*6070*/                   HGMMA.64x64x16.F32.BF16 R24, R92, gdesc[UR8], R24 ;
+        /*6080*/                   HGMMA.64x64x16.F32.BF16 R24, R96, gdesc[UR24], R24 ;
+        /*6090*/                   HGMMA.64x64x16.F32.BF16 R24, R100, gdesc[UR20], R24, gsb0 ;
+        /*9380*/                   EXIT ;
+"""
+"""What ptxas 12.8 made of the first step of both widths, the instructions for operand addresses and the products only:
+the second width takes UR10 and UR11, the second operand's, which only the first one computes."""
+
+
+def test_operands_of_the_other_width_are_seen():
+    branch = "        /*1770*/              @P4  BRA `(.L_x_18) ;\n"
+    second = re.search(r"(?s) +/\*1800.*?1830.*?\n", OTHER_WIDTH)[0]
+    sass.check_right_operands(OTHER_WIDTH.replace(second, "").replace(branch, second + branch))
+    with pytest.raises(AssertionError, match="the operands at 0x59f0, 0x5cb0"):
+        sass.check_right_operands(OTHER_WIDTH)
+    with pytest.raises(AssertionError, match="no path came by .*0x59f0"):
+        sass.check_right_operands(OTHER_WIDTH.replace(branch, ""))
+
+
+@pytest.mark.parametrize("old, new", [("UR10, 0x2", "UR10, 0x4"), ("UR8, 0x2", "UR8, 0x0"), ("URZ, UP0", "0x1, UP0")])
+def test_wrong_distances_are_seen(old, new):
+    one_width = OTHER_WIDTH[: OTHER_WIDTH.index(".L_x_18:\n")].replace("BRA `(.L_x_18)", "NOP")
+    sass.check_right_operands(one_width)
+    with pytest.raises(AssertionError, match="the operands at 0x1e70, 0x1fa0"):
+        sass.check_right_operands(one_width.replace(old, new))
+
+
+def _halves(operation, *words: torch.Tensor) -> torch.Tensor:
+    """``operation`` on both 16 bits of each word."""
+    low, high = (operation(*(word >> shift & 0xFFFF for word in words)) & 0xFFFF for shift in (0, 16))
+    return low | high << 16
+
+
+def _prmt(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
+    assert not (selector & 0x8888).any()
+    chosen = [selector >> 4 * i & 7 for i in range(4)]
+    taken = [torch.where(byte < 4, a >> 8 * byte, b >> 8 * (byte - 4).clamp(0)) & 0xFF for byte in chosen]
+    return sum(byte << 8 * i for i, byte in enumerate(taken))
+
+
+def _product_of_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a, b = (x.to(torch.uint16).view(torch.bfloat16).double() for x in (a, b))
+    return (a * b).float().bfloat16().view(torch.uint16).long()  # exact in fp32
+
+
+PTX = {
+    "mov.b32": lambda a: a,
+    "shl.b32": lambda a, b: a << b,
+    "add.u32": lambda a, b: a + b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "prmt.b32": _prmt,
+    "add.u16x2": lambda a, b: _halves(torch.add, a, b),
+    "max.u16x2": lambda a, b: _halves(torch.maximum, a, b),
+    "min.u16x2": lambda a, b: _halves(torch.minimum, a, b),
+    "max.u16": torch.maximum,
+    "mul.bf16x2": lambda a, b: _halves(_product_of_bf16, a, b),
+    "setp.gt.u16": lambda a, b: (a > b).long(),
+    "vote.sync.any.pred": lambda a, _: a.any().long().expand_as(a),
+}
+
+
+def _run(assembly: str, inputs: list[torch.Tensor], outputs: int) -> tuple[list[torch.Tensor], bool]:
+    """What PTX without loops makes of the 32 bits in each lane of ``inputs``, and whether it takes its branch."""
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    branch = False
+    for line in assembly.strip("{}\n").splitlines():
+        name, _, rest = line.partition(" ")
+        if name == "@!rare":
+            branch = not registers["rare"].any()
+        if name in PTX and not branch:
+            to, *operands = re.findall(r"{.*?}|[^,; ]+", rest)
+            values = (registers[x] if x in registers else torch.full_like(inputs[0], int(x, 0)) for x in operands)
+            registers[to] = PTX[name](*values) & 0xFFFFFFFF
+            if to == "{low, high}":
+                registers |= {"low": registers[to] & 0xFFFF, "high": registers[to] >> 16}
+        else:
+            assert branch or name in (".reg", "@!rare", "done:"), line
+    return [registers[f"${i}"] for i in range(outputs)], branch
+
+
+@pytest.mark.parametrize("block", (0, 1))
+@pytest.mark.parametrize("count", (4, 8))
+def test_scale_bytes(count, block):
+    """Every pair of bytes in every register, with bytes of the other block that do not matter, as bf16."""
+    hopper = pytest.importorskip("torch_mxfp8moe.backends.triton.hopper", reason="needs Triton: pip install triton")
+    assembly = hopper.scale_assembly(count)
+    byte = torch.arange(256)
+    want = torch.where(byte == 255, float("nan"), 2.0 ** (byte - 130).double()).bfloat16()  # HELD_TIMES is 2^3
+    usual = (byte > 3) & (byte < 255)
+    selector = torch.tensor(0x4240 + 0x0101 * block)
+
+    def check(pairs: torch.Tensor, branch: bool) -> None:
+        """pairs [count, lanes, 2]"""
+        junk = torch.randint(0, 2**32, pairs.shape[:2], generator=torch.Generator().manual_seed(0))
+        words = junk & (0x00FF00FF << 8 * (1 - block)) | (pairs[..., 0] | pairs[..., 1] << 16) << 8 * block
+        selectors = [selector.expand(words.shape[1])] * 2
+        got, taken = _run(assembly, [*words, *selectors], count)
+        assert taken == branch
+        halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), -1) for word in got])
+        assert_equal(halves.to(torch.uint16).view(torch.bfloat16), want[pairs])
+
+    for tried, branch in ((byte[usual], True), (byte, False)):
+        pairs = torch.cartesian_prod(tried, tried)
+        check(torch.stack([pairs.roll(7 * i, 0) for i in range(count)]), branch)
+    for rare in byte[~usual]:  # a single one is enough
+        for i in range(2 * count):
+            pairs = torch.full((2 * count,), 127)
+            pairs[i] = rare
+            check(pairs.view(count, 1, 2), False)
