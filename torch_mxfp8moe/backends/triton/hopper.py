@@ -401,11 +401,13 @@ def _compute(
     column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     stage = 0
     phase = 0
+    pairs = tiles.to(gl.pointer_type(gl.int64), bitcast=True)
+    pair = gl.load(pairs + gl.program_id(0) // column_tiles)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        tile = index // column_tiles
-        expert = gl.load(tiles + 2 * tile)
+        expert = pair.to(gl.int32)
+        first = (pair >> 32).to(gl.int32)
+        pair = gl.load(pairs + gl.minimum(index + gl.num_programs(0), count - 1) // column_tiles)
         if expert >= 0:
-            first = gl.load(tiles + 2 * tile + 1)
             end = gl.load(offsets + expert + 1)
             n = index % column_tiles * BLOCK_N
             if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
