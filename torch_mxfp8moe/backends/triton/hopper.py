@@ -180,12 +180,25 @@ def _upcast(codes, scale, HALF: gl.constexpr, PERMUTED: gl.constexpr, LAYOUT: gl
     return gl.convert_layout(gl.reshape(value, (rows, 64)), LAYOUT, assert_trivial=True)
 
 
+_PREFETCH = gl.constexpr(
+    """{
+    .reg .pred one;
+    elect.sync _|one, 0xffffffff;
+    @one cp.async.bulk.prefetch.L2.global [$1], $2;
+    mov.b32 $0, 0;
+    }"""
+)
+"""Bytes from an address on to the L2 cache, both multiples of 16."""
+
+
 @gluon.jit
 def _load(
-    x, w, ring, tiles, count,
-    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    x, w, w_scale, ring, tiles, count,
+    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
+    BYTES: gl.constexpr,
 ):  # fmt: skip
-    """The loader: for each tile of this program, the operands of all its stages."""
+    """The loader: for each tile of this program, the operands of all its stages. The other warps read scale bytes
+    themselves, for the first steps without anything to do meanwhile: these are sent for as well."""
     x_ring, w_ring, full, empty = ring
     column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     stage = 0
@@ -196,6 +209,13 @@ def _load(
         if expert >= 0:
             first = gl.load(tiles + 2 * tile + 1)
             n = index % column_tiles * BLOCK_N
+            scales = w_scale + (expert.to(gl.int64) * (HALVES * N) + n) * (K // BLOCK)
+            size = gl.minimum(N - n, BLOCK_N) * (K // BLOCK)
+            for half in gl.static_range(HALVES):
+                gl.inline_asm_elementwise(
+                    _PREFETCH, "=r,l,r", [(scales + half * (N * (K // BLOCK))).to(gl.int64, bitcast=True), size],
+                    dtype=gl.int32, is_pure=False, pack=1,
+                )  # fmt: skip
             for k in range(0, K, COLUMNS):
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(full.index(stage), BYTES)
@@ -464,7 +484,7 @@ def warpgroup_gemm_kernel(
                     K, N, BLOCK_M, BLOCK_N, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 ),
             ),
-            (_load, (x, w, ring, tiles, count, K, N, BLOCK_N, STAGES, BYTES)),
+            (_load, (x, w, w_scale, ring, tiles, count, K, N, BLOCK_N, HALVES, STAGES, BYTES)),
         ],
         [1],
         [24],
