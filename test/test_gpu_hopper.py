@@ -24,6 +24,7 @@ TILES = {
     f"{block_m} slots, {first}, {second}": Tiles(None, block_m, gemm(16, *first), gemm(32, *second))
     for block_m, first, second in (
         (128, (4, 3, 2), (4, 4, 2)),
+        (128, (4, 4, 2), (4, 3, 2)),
         (128, (8, 4, 1), (8, 5, 1)),
         (64, (4, 4, 2), (4, 3, 2)),
         (32, (4, 2, 2), (4, 2, 3)),
@@ -42,6 +43,7 @@ CASES = {
     "expert map": (dict(G=9, id_dtype=torch.int64), dict()),
     "smallest": (dict(H=64, I=64, E=1, K=1), dict()),
     "steps of all kinds": (dict(H=320, I=192), dict()),
+    "several words of scale bytes": (dict(H=1280, I=768), dict()),
 }  # fmt: skip
 
 
@@ -68,9 +70,12 @@ def test_like_the_reference(case, tiles):
             assert same_bytes(got, OPS.fused_moe(**inputs, **options, backend="triton"))
 
 
-@pytest.mark.parametrize("K", (64, 128, 256, 2048))
-@pytest.mark.parametrize("column", (0, 37))
-def test_every_code_with_every_scale(K, column):
+@pytest.mark.parametrize("stages", (3, 4))
+@pytest.mark.parametrize(
+    "K, column",
+    [(K, K - left) for K in (64, 128, 256, 2048) for left in (64, 27, 128, 91, 155, 219) if left <= K],
+)
+def test_every_code_with_every_scale(K, column, stages):
     """A weight's row holds one code; what it is multiplied with is 1, so that the product is its value."""
     from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel
     from torch_mxfp8moe.backends.triton.launch import Descriptor, Launch, Operand
@@ -78,13 +83,13 @@ def test_every_code_with_every_scale(K, column):
 
     E, N = 64, 1024
     codes = torch.zeros(E, 1, N, K, dtype=torch.uint8, device="cuda")
-    scale = random_bytes(E, N, K // 32, high=255).cuda()
+    scale = random_bytes(E, N, K // 32, low=4, high=255).cuda()  # which are not rare: what is rare comes from value
     value = torch.arange(2**16, device="cuda").view(E, N)
-    codes[:, 0, :, K - 64 + column] = (value % 256).to(torch.uint8)
-    scale[:, :, (K - 64 + column) // 32] = (value // 256).to(torch.uint8)
+    codes[:, 0, :, column] = (value % 256).to(torch.uint8)
+    scale[:, :, column // 32] = (value // 256).to(torch.uint8)
     position = sum((column >> bit & 1) << 5 - i for i, bit in enumerate(PRODUCT_ORDER))
     x = torch.zeros(E, K, dtype=torch.bfloat16, device="cuda")
-    x[:, K - 64 + position] = 8.0
+    x[:, column // 64 * 64 + position] = 8.0
     out = torch.full((E, N), -7.0, device="cuda")
     experts = torch.arange(E + 1, dtype=torch.int32, device="cuda")
     arguments = dict(
@@ -92,9 +97,9 @@ def test_every_code_with_every_scale(K, column):
         w=Descriptor(Operand("w", codes.dtype), codes.shape, codes.stride(), (1, 1, 128, 64), swizzle=64).of(codes),
         w_scale=scale, bias=None, out=out, tiles=torch.stack((experts[:-1], experts[:-1]), 1).contiguous(),
         offsets=experts, routes=experts, topk_weights=None, count=E * N // 128, weights_stride=0, alpha=1.0, beta=0.0,
-        limit=0.0, K=K, N=N, GATE_UP=False, MXFP8=False, LIMITED=False, BLOCK_M=16, STAGES=3,
+        limit=0.0, K=K, N=N, GATE_UP=False, MXFP8=False, LIMITED=False, BLOCK_M=16, STAGES=stages,
     )  # fmt: skip
     Launch(warpgroup_gemm_kernel, (100,), arguments, dict(num_warps=4, maxnreg=128)).run()
-    data = codes[:, 0, :, K - 64 + column].contiguous().view(torch.float8_e4m3fn)
-    want = reference.dequantize_1x32(codes.view(E, N, K).view(data.dtype), scale, torch.float32)[:, :, K - 64 + column]
+    data = codes[:, 0, :, column].contiguous().view(torch.float8_e4m3fn)
+    want = reference.dequantize_1x32(codes.view(E, N, K).view(data.dtype), scale, torch.float32)[:, :, column]
     assert_equal(out, (want / 8).bfloat16().float() * 8)  # held divided by 8: the smallest lose their last bits
