@@ -297,21 +297,12 @@ class _Sorted(_Part):
 
 
 def warp_specialized(call: FusedMoe, target: Target) -> bool:
-    """Whether the kernel of :mod:`.hopper` takes the call.
-
-    It is made for more. These are the calls that it has been run with on an H100 (docs/gpu.md): mxfp8 activations, a
-    result of 16 bits, no biases, routing weights on the output, K a multiple of 256 in both products.
-    """
+    """Whether the kernel of :mod:`.hopper` takes the call: its steps are whole, and so are its copies' addresses."""
     tensors = call.w1, call.w2, call.w1_scale, call.w2_scale
     return (
         target.capability == 90
         and call.layout == "row_major"
-        and call.activation_dtype == "mxfp8"
-        and call.result_dtype is not torch.float32
-        and call.hidden % 256 == call.intermediate % 256 == 0
-        and call.w1_bias is None
-        and call.w2_bias is None
-        and not call.apply_router_weight_on_input
+        and call.hidden % 64 == call.intermediate % 64 == 0
         and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
     )
 
