@@ -17,16 +17,13 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from .memory import offset
-from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, encode_natively, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decoded, encoded, factor, scale_byte, swiglu
 
 
 @triton.jit
 def _upcast(codes, byte, dtype: tl.constexpr, NATIVE_E4M3: tl.constexpr):
     """codes [N, K] uint8, byte [N, K/32] uint8 -> their values, divided by HELD_TIMES, [N, K] in ``dtype``."""
-    if NATIVE_E4M3:
-        value = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    else:
-        value = decode(codes.to(tl.int32))
+    value = decoded(codes, NATIVE_E4M3)
     blocks = tl.reshape(value, (codes.shape[0], codes.shape[1] // BLOCK, BLOCK))
     blocks *= (factor(byte.to(tl.int32)) * (1.0 / HELD_TIMES))[:, :, None]
     return tl.reshape(blocks, codes.shape).to(dtype)
@@ -219,13 +216,10 @@ def grouped_gemm_kernel(
                 gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
                 up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
                 up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-            elif LIMITED:  # comparisons that keep NaN
-                gate = tl.where(gate > limit, limit, gate)
-                up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
             if X_LEFT:  # without the steps that make exp and division exact in their last bits
                 total = libdevice.fast_dividef(gate, 1.0 + libdevice.fast_expf(-alpha * gate)) * (up + beta)
             else:
-                total = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
+                total = swiglu(gate, up, alpha, beta, limit, LIMITED and not SCALED)
 
         column = n + tl.arange(0, BLOCK_N)
         result = tl.trans(total)
@@ -237,7 +231,7 @@ def grouped_gemm_kernel(
         if GATE_UP and MXFP8:
             blocks = tl.reshape(result, (BLOCK_M * BLOCK_N // BLOCK, BLOCK))
             byte = scale_byte(block_amax(blocks), "rceil")
-            code = encode_natively(blocks, byte[:, None]) if X_LEFT else encode(blocks, byte[:, None])
+            code = encoded(blocks, byte[:, None], NATIVE_E4M3)
             if out_scale is not None:
                 block = n // BLOCK + tl.arange(0, BLOCK_N // BLOCK)
                 tl.store(
@@ -247,7 +241,7 @@ def grouped_gemm_kernel(
                 )
                 result = tl.reshape(code, (BLOCK_M, BLOCK_N))
             else:
-                result = tl.reshape(decode(code) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
+                result = tl.reshape(decoded(code, NATIVE_E4M3) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
         elif GATE_UP:
             result = cast(cast(result, tl.bfloat16), tl.float32) * HELD_TIMES
         tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)

@@ -9,7 +9,7 @@ way while it works on this one, rounds the activations itself, and sums in fp32.
 import triton
 import triton.language as tl
 
-from .numerics import BLOCK, block_amax, cast, decode, encode, encode_natively, factor, scale_byte, swiglu
+from .numerics import BLOCK, block_amax, cast, decode, decoded, encoded, factor, scale_byte, swiglu
 from .routing import local_experts
 
 PIECE = tl.constexpr(16)
@@ -80,11 +80,7 @@ def _rounded(x, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr):
     x = cast(x, tl.float32)
     if MXFP8:
         byte = scale_byte(block_amax(x), "rceil")
-        if NATIVE_E4M3:
-            value = encode_natively(x, byte[:, None]).to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            value = decode(encode(x, byte[:, None]))
-        result = value * factor(byte)[:, None]
+        result = decoded(encoded(x, byte[:, None], NATIVE_E4M3), NATIVE_E4M3) * factor(byte)[:, None]
     else:
         result = cast(cast(x, tl.bfloat16), tl.float32)
     return result
@@ -161,7 +157,7 @@ def gate_up_kernel(
             if x_scale is not None:
                 block = k // BLOCK + tl.arange(0, BLOCK_K // BLOCK)
                 x_byte = tl.load(x_scale + block, mask=block < H // BLOCK, other=0).to(tl.int32)
-                operand = decode(values.to(tl.int32)) * factor(x_byte)[:, None]
+                operand = decoded(values, NATIVE_E4M3) * factor(x_byte)[:, None]
             else:
                 operand = _rounded(values, MXFP8, NATIVE_E4M3)
             total += _products(words, byte, operand, NATIVE_E4M3)

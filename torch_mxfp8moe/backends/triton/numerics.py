@@ -119,6 +119,18 @@ def decode(code):
 
 
 @triton.jit
+def encoded(x, byte, NATIVE_E4M3: tl.constexpr):
+    """x [N, 32] fp32, byte [N, 1] int32 of rounding ``rceil`` -> codes, uint8, by an instruction if there is one."""
+    return encode_natively(x, byte) if NATIVE_E4M3 else encode(x, byte).to(tl.uint8)
+
+
+@triton.jit
+def decoded(code, NATIVE_E4M3: tl.constexpr):
+    """Codes, uint8 -> their values, fp32, by an instruction if there is one."""
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float32) if NATIVE_E4M3 else decode(code.to(tl.int32))
+
+
+@triton.jit
 def factor(byte):
     """E8M0 bytes, int32 -> 2^(byte - 127), fp32; NaN for 255."""
     bits = tl.where(byte == 0, 0x400000, byte << 23)

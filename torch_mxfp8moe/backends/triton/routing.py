@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .memory import to_product_order
-from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decode, encode, factor, scale_byte
+from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decoded, encoded, factor, scale_byte
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def dispatch_kernel(
     x, x_scale, slots, offsets, rows, rows_scale, tiles,
     x_stride: "i64", x_scale_stride: "i64", tiles_bound: "i32",
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
-    MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr, N: tl.constexpr,
+    MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..E-1 list the tiles [tiles_bound, 2] of their experts (-1: none); each other one takes N blocks of a
     token of x [T, H], rounds them and copies them to the slots of the token's routes.
@@ -123,15 +123,15 @@ def dispatch_kernel(
             values = tl.load(x + token * x_stride + index, mask=within, other=0)
             if x_scale is not None:
                 byte = tl.load(x_scale + token * x_scale_stride + block, mask=block_within, other=0).to(tl.int32)
-                code = values.to(tl.int32)
+                code = values
             elif MXFP8:
                 values = cast(values, tl.float32)
                 byte = scale_byte(block_amax(values), "rceil")
-                code = encode(values, byte[:, None])
+                code = encoded(values, byte[:, None], NATIVE_E4M3)
             if rows_scale is not None:
-                result = code.to(tl.uint8)
+                result = code
             elif MXFP8 or x_scale is not None:
-                result = decode(code) * HELD_TIMES * factor(byte)[:, None]
+                result = decoded(code, NATIVE_E4M3) * HELD_TIMES * factor(byte)[:, None]
             else:
                 result = cast(cast(values, tl.bfloat16), tl.float32) * HELD_TIMES
             result = result.to(rows.dtype.element_ty)
