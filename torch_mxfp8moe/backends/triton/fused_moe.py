@@ -196,7 +196,8 @@ class _Sorted(_Part):
                 tiles=self.tile_list, tiles_bound=self.tiles_bound,
                 H=call.hidden, EXPERTS=call.experts, EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK=call.topk,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
-                NATIVE_E4M3=self.target.native_e4m3, N=BLOCKS_PER_PROGRAM,
+                NATIVE_E4M3=self.target.native_e4m3 and self.target.capability > 0,  # gfx950: as it was executed
+                N=BLOCKS_PER_PROGRAM,
             ),
         )  # fmt: skip
 
