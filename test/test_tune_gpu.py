@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(TOOLS))
 import tune_gpu  # noqa: E402
 from bench import tuning  # noqa: E402
 from bench.compiling import Task, compile_all  # noqa: E402
-from bench.tuning import GEMMS, Journal, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
+from bench.tuning import CALLS, GEMMS, REST, Journal, PARTNERS, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 
 from torch_mxfp8moe.backends.triton.targets import Target  # noqa: E402
 
@@ -45,8 +46,8 @@ def point(T: int, shape=SHAPE, row: str = "A") -> Point:
     return Point(row, shape, T)
 
 
-def trial(T: int = 1, gemm: str = "gemm1", block_m: int = 16, tile: dict = GEMM, **kwargs) -> Trial:
-    return Trial(point(T, **kwargs), gemm, key({"block_m": block_m}), key(tile))
+def trial(T: int = 1, part: str = "gemm1", block_m: int = 16, tile: dict = GEMM, **kwargs) -> Trial:
+    return Trial(point(T, **kwargs), part, key({"block_m": block_m}), key({} if part == REST else tile))
 
 
 # Tiles as data
@@ -60,7 +61,9 @@ def test_a_shipped_file_survives_reading_and_writing(path):
     config = configs.parse(path.name, json.loads(text))
     for rule, tiles in zip(json.loads(text)["tiles"], config.tiles, strict=True):
         parts = [tuning.gemm_json(getattr(tiles, gemm)) for gemm in GEMMS]
-        assert parts == [rule[gemm] for gemm in GEMMS] and tuning.rule_json(tiles) == {"block_m": rule["block_m"]}
+        shared = tuning.normal({"block_m": rule["block_m"], "kernels": tiles.kernels})
+        assert parts == [rule[gemm] for gemm in GEMMS] and tuning.rule_json(tiles) == shared
+        assert Tile.of_file(rule).json(rule["rows_per_expert"]) == rule
         assert dataclasses.replace(tuning.tiles_of(tuning.rule_json(tiles), *parts), rows_per_expert=None) == (
             dataclasses.replace(tiles, rows_per_expert=None)
         )
@@ -86,7 +89,7 @@ def test_fields_that_others_add_need_nothing_here(monkeypatch):
     tile = Gemm(64, 64, 4, 2, consumers=2, options={"maxnreg": 168})
     assert tuning.gemm_json(tile) == GEMM | {"consumers": 2, "maxnreg": 168}
     assert tuning.gemm_json(dataclasses.replace(tile, consumers=1, options={})) == GEMM
-    space = tuning.space_of("sm_90", {"gemm1": {"consumers": [1, 2]}, "rule": {"block_m": [64]}})
+    space = tuning.space_of("sm_90", {"gemm": {"gemm1": {"consumers": [1, 2]}, "rule": {"block_m": [64]}}})["gemm"]
     assert space["gemm1"]["consumers"] == (1, 2) and "consumers" not in space["gemm2"]
     assert space["rule"] == {"block_m": (64,)}
     search = Search(point(1), "gemm1", {"block_m": 64}, GEMM, space["gemm1"])
@@ -95,22 +98,72 @@ def test_fields_that_others_add_need_nothing_here(monkeypatch):
 
 @pytest.mark.parametrize("arch", ("sm_90", "sm_100", "gfx942", "gfx950"))
 def test_the_space_is_of_tiles_that_configs_take(arch):
-    space = tuning.space_of(arch)
-    for rule in tuning.rules_to_try(point(1), space["rule"], width=1e9):
-        for gemm in GEMMS:
+    for kernels, space in tuning.space_of(arch).items():
+        rules = tuning.rules_to_try(point(1), kernels, space["rule"], width=1e9)
+        assert len(rules) == len(space["rule"]["block_m"])
+        for rule, gemm in itertools.product(rules, GEMMS):
+            partner = tuning.PARTNERS[kernels][gemm]
+            assert tuning.normal(partner) == partner and tuning.fits(gemm, rule, partner)
             for values in itertools.product(*space[gemm].values()):
-                tile = tuning.normal(dict(zip(space[gemm], values)))
-                made = getattr(tuning.tiles_of(rule, tile, tile), gemm)
+                tile = partner
+                for name, value in zip(space[gemm], values):
+                    tile = tuning.normal(tuning.changed(tile, name, value))
+                made = getattr(tuning.tiles_of(rule, **tuning.with_partner(gemm, rule, tile)), gemm)
                 assert tuning.gemm_json(made) == tile
-    with pytest.raises(ValueError, match="a space has 'gem'; it takes rule, gemm, gemm1, gemm2"):
+                fit = tuning.fits(gemm, rule, tile)
+                assert fit or kernels != "gemm"
+    with pytest.raises(ValueError, match="a space has 'gem'; it takes gemm, "):
         tuning.space_of(arch, {"gem": {}})
+    with pytest.raises(ValueError, match="the space of gemm has 'gem'; it takes rule, both, gemm1, gemm2"):
+        tuning.space_of(arch, {"gemm": {"gem": {}}})
+
+
+def test_a_tile_of_other_kernels_than_its_rule_is_not_taken():
+    with pytest.raises(ValueError, match="its kernels are 'gemm', not 'hopper'"):
+        tuning.tiles_of({"block_m": 64, "kernels": "hopper"}, GEMM, GEMM)
 
 
 def test_rules_near_the_rows_of_an_expert():
     space = {"block_m": (16, 32, 64, 128)}
-    near = lambda T: [rule["block_m"] for rule in tuning.rules_to_try(point(T, (64, 32, 128, 4)), space)]
+    rules = lambda T, kernels="gemm": tuning.rules_to_try(point(T, (64, 32, 128, 4)), kernels, space)
+    near = lambda T: [rule["block_m"] for rule in rules(T)]
     assert [near(T) for T in (1, 640, 1024, 8192)] == [[16], [16, 32, 64], [16, 32, 64, 128], [64, 128]]
     assert near(1 << 20) == [128]
+    assert rules(1 << 20, "hopper") == [{"block_m": 128, "kernels": "hopper"}]
+    few = lambda T: tuning.rules_to_try(point(T, (64, 32, 128, 4)), "matvec", {"block_m": (1,)})
+    assert few(32) == [{"block_m": 1, "kernels": "matvec"}] and few(33) == []
+
+
+def test_tiles_without_room_are_not_tried():
+    rule = {"block_m": 128, "kernels": "hopper"}
+    known = tuning.PARTNERS["hopper"]["gemm1"]
+    assert tuning.fits("gemm1", rule, known) and not tuning.fits("gemm1", rule, known | {"num_stages": 5})
+    assert tuning.fits("gemm1", rule, known | {"num_stages": 8, "programs": 1})
+    space = tuning.space_of("sm_90")["hopper"]["gemm1"]
+    tried = Search(point(1), "gemm1", rule, known, space)
+    tried.times[key(known)] = 1.0
+    proposed = tried.propose()
+    assert known | {"num_stages": 3} in proposed and known | {"programs": 3} not in proposed
+    assert known | {"num_warps": 8, "block_n": 128} not in proposed  # together, and not two of its programs
+    rule, tile = {"block_m": 1, "kernels": "matvec"}, {"block_n": 32, "block_k": 1024, "num_warps": 4, "num_stages": 1}
+    assert tuning.fits("gemm2", rule, tile) and not tuning.fits("gemm1", rule, tile)
+    assert tuning.fits("gemm1", rule, tile | {"num_warps": 8}) and tuning.fits("rest", rule, {})
+
+
+@pytest.mark.parametrize(
+    "block_m, warps, stages, programs, fit", [(128, 4, 4, 2, True), (16, 8, 4, 3, False), (128, 8, 7, 1, False)]
+)
+def test_what_a_hopper_tile_holds_is_not_more_than_is_counted(block_m, warps, stages, programs, fit):
+    """Against what Triton says of both products."""
+    from torch_mxfp8moe.backends.triton.launch import compile_offline
+
+    rule = {"block_m": block_m, "kernels": "hopper"}
+    for part, block_n in (("gemm1", 16 * warps), ("gemm2", 32 * warps)):
+        tile = {"block_n": block_n, "block_k": 64, "num_warps": warps, "num_stages": stages, "programs": programs}
+        gemms = {name: key(one) for name, one in tuning.with_partner(part, rule, tile).items()}
+        task = Task("Qwen3-30B-A3B TP1", (64,), "mxfp8", "sm_90", part, key(rule), **gemms)
+        (kernel,) = compile_offline(task.launches(), Target("sm_90"))
+        assert tuning.fits(part, rule, tile) == (programs * kernel.metadata.shared <= 227 << 10) == fit
 
 
 # The search
@@ -128,9 +181,9 @@ def run(search: Search, time_of, seeds=()) -> int:
     raise AssertionError("does not end")
 
 
-@given(best=st.tuples(*(st.sampled_from(v) for v in tuning.space_of("sm_90")["gemm1"].values())))
+@given(best=st.tuples(*(st.sampled_from(v) for v in tuning.space_of("sm_90")["gemm"]["gemm1"].values())))
 def test_it_finds_a_minimum_that_fields_lead_to(best):
-    space = tuning.space_of("sm_90")["gemm1"]
+    space = tuning.space_of("sm_90")["gemm"]["gemm1"]
 
     def time_of(tile):
         full = {"descriptors": False} | tile
@@ -169,15 +222,16 @@ def test_a_journal_is_read_again(tmp_path):
     results = {
         trial(): Result("ok", 12.5), trial(tile=OTHER): Result("wrong", 3.0, "2 of 9 elements are wrong"),
         trial(64, "gemm2", 64): Result("failed", note="out of resource"),
+        trial(part=REST): Result("ok", 7.0),
     }  # fmt: skip
     for one, result in results.items():
         journal.begin(one)
         journal.finish(one, result)
     assert Journal(path, stamp).results == journal.results == results
     assert Journal(path, None).stamp == stamp and Journal(path, None).results == results
-    assert [result.usable for result in results.values()] == [12.5, None, None]
+    assert [result.usable for result in results.values()] == [12.5, None, None, 7.0]
     newer = Journal(path, stamp | {"source": "2"})
-    assert newer.results == {} and newer.other == 6
+    assert newer.results == {} and newer.other == 8
 
 
 def test_a_trial_that_never_came_back_and_a_line_cut_off(tmp_path):
@@ -210,11 +264,14 @@ class Fake:
     def __init__(self, row, weights, T, activations, layout):
         self.T = T
 
-    def measure(self, gemm, rule, tile, target, slow):
-        self.measured.append((self.T, gemm, key(rule), key(tile)))
+    def measure(self, part, rule, tile, target, slow):
+        self.measured.append((self.T, part, key(rule), key(tile)))
+        if part == REST:
+            return Result("ok", 5.0)
         if tile["num_stages"] == 5:
             raise RuntimeError("out of resource")
         us = 10.0 + abs(math.log2(tile["block_n"] / 128)) + tile["num_stages"] / 8 + rule["block_m"] / 64
+        us += {"hopper": 2.0 if self.T == 16 else -2.0, "gemm": 0.0, "matvec": -2.0}[tuning.kernels_of(rule)]
         return Result("wrong", us, "planted") if tile["num_warps"] == 8 else Result("ok", us)
 
 
@@ -222,7 +279,10 @@ class Fake:
 def tuner(monkeypatch, tmp_path):
     """``tuner(until)``: a tuner on a pretended sm_90, and its journal, both new, on the same file."""
     row = dataclasses.replace(rows()["Qwen3-30B-A3B TP1"], name="small")
-    monkeypatch.setattr(type(row), "weights", lambda self: None)
+    weights = type(row).weights
+    monkeypatch.setattr(
+        type(row), "weights", lambda self, device="cuda": weights(self, device) if device == "meta" else None
+    )
     monkeypatch.setattr(tune_gpu, "Measured", Fake)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     compiled = []
@@ -230,7 +290,7 @@ def tuner(monkeypatch, tmp_path):
     def compile_all(tasks, jobs):
         for task in tasks:
             compiled.append(task)
-            yield task, "no registers" if json.loads(getattr(task, task.gemm)).get("descriptors") else ""
+            yield task, "no registers" if '"descriptors"' in task.gemm1 + task.gemm2 else ""
 
     monkeypatch.setattr(tune_gpu, "compile_all", compile_all)
     Fake.measured.clear()
@@ -244,21 +304,68 @@ def tuner(monkeypatch, tmp_path):
     return build
 
 
+@pytest.mark.parametrize(
+    "name, arch, options, kernels",
+    [
+        ("Qwen3-30B-A3B TP1", "sm_90", (), ["gemm", "hopper", "matvec"]),
+        ("gpt-oss-120b TP1", "sm_90", (), ["gemm", "matvec"]),  # biases
+        ("Qwen3-30B-A3B TP1", "sm_90", ("--activations", "bf16"), ["gemm", "matvec"]),
+        ("Qwen3-30B-A3B TP1", "sm_90", ("--layout", "aiter_gfx950"), ["gemm"]),
+        ("Qwen3-30B-A3B TP1", "sm_100", (), ["gemm", "matvec"]),
+        ("Qwen3-30B-A3B TP1", "gfx950", (), ["gemm", "matvec"]),
+    ],
+)
+def test_which_kernels_are_tuned(tmp_path, name, arch, options, kernels):
+    args = tune_gpu.parse(["--journal", str(tmp_path / "j"), "--tokens", "4", "4096", *options])
+    one = tune_gpu.Tuner(args, None, Target(arch), 0)
+    searches = one.searches(rows()[name])
+    assert one.admitted(rows()[name]) == kernels
+    of = lambda T: {tuning.kernels_of(search.rule) for search in searches if search.point.T == T}
+    assert of(4) == set(kernels) and of(4096) == set(kernels) - {"matvec"}
+    for search in searches:
+        assert tuning.fits(search.part, search.rule, search.start)
+        tuning.tiles_of(search.rule, **tuning.with_partner(search.part, search.rule, search.start))
+
+
+def test_a_search_begins_at_what_is_configured(tmp_path):
+    """And of each point the configured rule's is the first."""
+    args = tune_gpu.parse(["--journal", str(tmp_path / "j"), "--tokens", "1", "256", "512"])
+    one = tune_gpu.Tuner(args, None, Target("sm_90"), 0)
+    searches = one.searches(rows()["MiniMax-M3 TP4"])
+    for T in args.tokens:
+        tiles = configs.choose(
+            "sm_90", "mxfp8", tokens=T, hidden=6144, intermediate=768, experts=128, topk=4, admits=lambda tiles: True
+        )
+        first, second = [search for search in searches if search.point.T == T][:2]
+        assert first.rule == second.rule == tuning.rule_json(tiles)
+        assert (first.start, second.start) == (tuning.gemm_json(tiles.gemm1), tuning.gemm_json(tiles.gemm2))
+
+
 def test_a_row_is_tuned_and_a_second_run_measures_nothing(tuner, capsys):
     one, row, searches, compiled = tuner()
     one.tune(row, searches, [], time.time() + 100)
+    assert {tuning.kernels_of(search.rule) for search in searches} == {"gemm", "hopper", "matvec"}
     for search in searches:
         best, us = search.best
-        assert best == {"block_n": 128, "block_k": best["block_k"], "num_warps": 4, "num_stages": 2}
+        kernels = tuning.kernels_of(search.rule)
+        if search.part == REST:
+            assert kernels != "matvec" and best == {}
+        elif kernels == "gemm":
+            assert best == {"block_n": 128, "block_k": best["block_k"], "num_warps": 4, "num_stages": 2}
+        elif kernels == "matvec":
+            assert search.point.T == 16 and best["block_n"] >= 32 and best["num_stages"] == 1
+        else:
+            wide = {"gemm1": 64, "gemm2": 128}[search.part]
+            assert (best["block_n"], best["num_stages"], best["num_warps"]) == (wide, 2, 4)
     assert len(set(Fake.measured)) == len(Fake.measured) > 50
     said = capsys.readouterr().out
     assert "wrong: small T=16 gemm1" in said and ": planted" in said
     statuses = {result.status for result in one.journal.results.values()}
     assert statuses == {"ok", "wrong", "failed"}
     for task in compiled:  # one for all token counts that want it
-        assert set(task.tokens) <= {16, 64} and getattr(task, task.gemm) != "" and task.arch == "sm_90"
+        assert set(task.tokens) <= {16, 64} and task.arch == "sm_90"
     assert any(task.tokens == (16, 64) for task in compiled)
-    assert len({(task.gemm, task.rule, task.gemm1, task.gemm2, task.tokens) for task in compiled}) == len(compiled)
+    assert len({(task.part, task.rule, task.gemm1, task.gemm2, task.tokens) for task in compiled}) == len(compiled)
 
     bests, counts = [search.best for search in searches], (len(Fake.measured), len(compiled))
     one, row, searches, compiled = tuner()
@@ -276,7 +383,7 @@ def test_a_run_that_was_cut_off_goes_on(tuner, tmp_path):
     one, row, searches, _ = tuner()
     before = {t for t, r in one.journal.results.items() if r.status != "failed" or "RuntimeError" in r.note}
     one.tune(row, searches, [], time.time() + 100)
-    known = {(t.point.T, t.gemm, t.rule, t.tile) for t in before}
+    known = {(t.point.T, t.part, t.rule, t.tile) for t in before}
     assert not known & set(Fake.measured) and known | set(Fake.measured) == whole
 
 
@@ -293,7 +400,7 @@ def test_tiles_that_are_good_elsewhere_are_tried(tuner):
     good = GEMM | {"block_n": 256, "maxnreg": 100}
     elsewhere.times[key(good)] = 1.0
     one.tune(row, searches, [elsewhere], time.time() + 100, descend=False)
-    tried = [(search.point.T, search.gemm, key(search.rule)) for search in searches if search.times]
+    tried = [(search.point.T, search.part, key(search.rule)) for search in searches if search.times]
     assert sorted(tried) == [(16, "gemm1", key(rule)), (64, "gemm1", key(rule))]
     assert sorted(Fake.measured) == [(*one, key(good)) for one in sorted(tried)]
 
@@ -317,10 +424,10 @@ def test_a_candidate_that_breaks_the_gpu_ends_the_worker_and_is_not_tried_again(
     (bad,) = [trial for trial, result in left.items() if result.status == "crashed"]
     assert json.loads(bad.tile)["num_stages"] == 5
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    count = Fake.measured.count((bad.point.T, bad.gemm, bad.rule, bad.tile))
+    count = Fake.measured.count((bad.point.T, bad.part, bad.rule, bad.tile))
     one, row, searches, _ = tuner()
     one.tune(row, searches, [], time.time() + 100)
-    assert count == Fake.measured.count((bad.point.T, bad.gemm, bad.rule, bad.tile)) == 1
+    assert count == Fake.measured.count((bad.point.T, bad.part, bad.rule, bad.tile)) == 1
 
 
 def test_a_candidate_that_hangs_ends_the_worker(tmp_path):
@@ -361,10 +468,17 @@ def test_a_whole_run(tuner, monkeypatch, tmp_path, capsys):
     assert tune_gpu.work(one.args) == 0
     said = capsys.readouterr().out
     for name in names:
-        assert f"{name}: both products, us" in said
+        assert f"{name}: all launches, us" in said
     config = configs.parse("file", json.loads(out.read_text()))
-    assert config.shapes == {} and all(tiles.gemm1.num_stages == 2 and tiles.block_m == 16 for tiles in config.tiles)
-    assert "the products take 1.0" in said and "was not measured" not in said
+    assert config.shapes == {}
+    assert_expected_inline(
+        listed(json.loads(out.read_text())["tiles"]),
+        """\
+1: matvec 1, 64 x 128 2 1 0, 32 x 1024 4 1 0
+None: hopper 16, 64 x 64 4 2 2, 128 x 64 4 2 2
+None: gemm 16, 128 x 256 4 2 0, 128 x 256 4 2 0""",
+    )
+    assert "calls take 1.0" in said and "was not measured" not in said
     Fake.measured.clear()
     assert tune_gpu.work(one.args) == 0 and not Fake.measured
     assert configs.parse("file", json.loads(out.read_text())) == config
@@ -398,16 +512,29 @@ def table(times: dict[tuple[Point, int, str], float]) -> Table:
     """From the microseconds of each product, by point, block_m and a name; the name is the tile's num_stages."""
     results = {}
     for (at, block_m, stages), us in times.items():
+        rule = key({"block_m": block_m})
         for gemm in GEMMS:
-            results[Trial(at, gemm, key({"block_m": block_m}), key(GEMM | {"num_stages": int(stages)}))] = Result(
-                "ok", us
-            )
-    return Table(results)
+            results[Trial(at, gemm, rule, key(GEMM | {"num_stages": int(stages)}))] = Result("ok", us)
+        results[Trial(at, REST, rule, key({}))] = Result("ok", 0.0)
+    return Table(results, CALLS[-1])
 
 
 def tile(block_m: int, stages: int) -> Tile:
     gemm = GEMM | {"num_stages": stages}
     return Tile.of({"block_m": block_m}, gemm, gemm)
+
+
+def listed(rules: list[dict]) -> str:
+    """A line for each rule: limit, kernels, block_m, and both products' block_n by block_k, warps, stages, programs."""
+    lines = []
+    for rule in rules:
+        tiles = configs.rule("", rule)
+        gemms = ", ".join(
+            f"{gemm.block_n} x {gemm.block_k} {gemm.num_warps} {gemm.num_stages} {gemm.programs}"
+            for gemm in (tiles.gemm1, tiles.gemm2)
+        )
+        lines.append(f"{tiles.rows_per_expert}: {tiles.kernels} {tiles.block_m}, {gemms}")
+    return "\n".join(lines)
 
 
 def told(rules: list[dict]) -> list[tuple]:
@@ -419,7 +546,9 @@ def test_the_time_of_a_tile():
     one = table({(a, 16, "2"): 10.0, (a, 16, "3"): 10.1, (a, 32, "2"): 10.15, (a, 32, "4"): 15.0})
     assert one.best(a) == [tile(16, 2)] and one.best(a, 0.02) == [tile(16, 2), tile(32, 2)]
     assert one.over_best(a, tile(16, 3)) == pytest.approx(1.01) and one.over_best(a, tile(16, 4)) is None
-    wrong = Table({trial(): Result("wrong", 1.0), trial(gemm="gemm2"): Result("ok", 1.0)})
+    wrong = Table(
+        {trial(): Result("wrong", 1.0), trial(part="gemm2"): Result("ok", 1.0), trial(part=REST): Result("ok", 1.0)}
+    )
     assert wrong.best(point(1)) == []
 
 
@@ -494,13 +623,13 @@ def test_only_shapes_that_need_them_get_rules_of_their_own():
         dict(zip(tuning.SIZES, shape)) | {"tiles": [tile(16, 5).json(None)]} for shape in ((1, 1, 1, 1), shapes["A"])
     ]
     old = {"tiles": [], "shapes": own}
-    data = tuning.file_of(table(times), 0.02, old)
+    data = tuning.file_of([table(times)], 0.02, old)
     assert told(data["tiles"]) == [(None, 16, 2)]
     kept, special = data["shapes"]
     assert kept == old["shapes"][0]  # not tuned now; A's are not needed any more
     assert special["hidden"] == 256 and told(special["tiles"]) == [(4, 16, 2), (None, 16, 3)]
     configs.parse("file", data)
-    keep = tuning.file_of(table(times), 0.02, {"tiles": [tile(16, 3).json(None)]}, keep_default=True)
+    keep = tuning.file_of([table(times)], 0.02, {"tiles": [tile(16, 3).json(None)]}, keep_default=True)
     assert told(keep["tiles"]) == [(None, 16, 3)] and len(keep["shapes"]) == 3
 
 
@@ -510,18 +639,19 @@ def test_a_file_is_made_of_a_journal_without_a_gpu(tmp_path, monkeypatch, capsys
     for name, row in rows().items():
         shape = (row.hidden, row.intermediate, row.experts, row.topk)
         for T in (1, 4096):
-            for gemm in GEMMS:
+            for part in (*GEMMS, REST):
                 for block_m in (16, 128):
                     us = 10.0 if (block_m == 16) == (T == 1) else 20.0
-                    journal.finish(trial(T, gemm, block_m, shape=shape, row=name), Result("ok", us))
+                    journal.finish(trial(T, part, block_m, shape=shape, row=name), Result("ok", us))
     command = ["tune_gpu.py", "--write", "--journal", str(path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", command)
+    out.write_bytes((configs.FOLDER / "triton" / "sm_90.json").read_bytes())
     assert tune_gpu.main() == 0
     data = json.loads(out.read_text())
     assert [rule["block_m"] for rule in data["tiles"]] == [16, 128] and "shapes" not in data
     said = capsys.readouterr().out
-    assert "2 default rules (new), 0 shapes" in said and "take 1.000 of the best" in said
-    assert "results: 120 ok" in said
+    assert "2 default rules (new), 0 shapes" in said and "calls take 1.000 of the best" in said
+    assert "results: 180 ok" in said and "rules of hopper, matvec were there and are gone" in said
 
     short = tmp_path / "short.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -529,8 +659,133 @@ def test_a_file_is_made_of_a_journal_without_a_gpu(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", [*command[:3], str(short), *command[4:]])
     out.write_text(tuning.dump({"tiles": [tile(16, 2).json(None)]}))
     assert tune_gpu.main() == 0
+    assert "are gone" not in capsys.readouterr().out
     data = json.loads(out.read_text())
     assert told(data["tiles"]) == [(None, 16, 2)] and data["shapes"][0]["hidden"] == 6144  # one row leaves them alone
+
+
+PLAIN, WIDER = tile(16, 2), tile(64, 3)
+SPECIAL = [Tile.of({"block_m": m, "kernels": "hopper"}, *PARTNERS["hopper"].values()) for m in (32, 64)]
+BY_ROUTE = [
+    Tile.of({"block_m": 1, "kernels": "matvec"}, *(one | {"block_k": k} for one in PARTNERS["matvec"].values()))
+    for k in (256, 512)
+]
+
+
+def expected(chains: list[list[dict]], rows: float, kernels: tuple[str, ...]) -> Tile:
+    """The tile of the first chain whose tile there takes the calls."""
+    for chain in chains:
+        for rule in chain:
+            limit = math.inf if rule["rows_per_expert"] is None else rule["rows_per_expert"]
+            if rows <= (min(limit, tuning.MATVEC_ROWS) if rule["block_m"] == 1 else limit):
+                if Tile.of_file(rule).kernels in kernels:
+                    return Tile.of_file(rule)
+                break
+    raise AssertionError("the last chain has a tile for all")
+
+
+def served(rules: list[dict], rows: float, kernels: tuple[str, ...]) -> Tile:
+    """As ``configs.choose`` does."""
+    for tiles, rule in zip(configs.parse("file", {"tiles": rules}).tiles, rules):
+        if (tiles.rows_per_expert is None or rows <= tiles.rows_per_expert) and tiles.kernels in kernels:
+            return Tile.of_file(rule)
+    raise AssertionError("the last rule has no limit")
+
+
+@given(st.data())
+def test_each_call_has_the_tile_of_its_chain(data):
+    def chain(tiles):
+        own = data.draw(st.lists(st.sampled_from(tiles), min_size=1, max_size=4))
+        limits = st.sets(st.sampled_from((0.25, 0.5, 1, 2, 8, 50)), min_size=len(own) - 1, max_size=len(own) - 1)
+        return [one.json(limit) for one, limit in zip(own, [*sorted(data.draw(limits)), None])]
+
+    gemms = [PLAIN, WIDER]
+    chains = [chain(gemms + BY_ROUTE + SPECIAL), chain(gemms + BY_ROUTE), chain(gemms)][data.draw(st.integers(0, 2)) :]
+    rules = tuning.merged(chains)
+    for many, kernels in itertools.product((0.1, 0.25, 0.3, 0.75, 1, 1.5, 5, 30, 1e9), CALLS):
+        assert served(rules, many, kernels) == expected(chains, many, kernels)
+
+
+def test_no_more_rules_than_calls_need():
+    """A file that was written by hand, from what calls of each kind are served by."""
+    rules = json.loads((configs.FOLDER / "triton" / "sm_90.json").read_text())["tiles"]
+    of = lambda *kernels: [rule for rule in rules if Tile.of_file(rule).kernels in kernels]
+    last = next(i for i, rule in enumerate(rules) if rule["rows_per_expert"] is None)
+    assert tuning.merged([rules[: last + 1], of("matvec", "gemm"), of("gemm")]) == rules
+
+
+def test_calls_that_pass_over_a_rule_have_the_best_one_below():
+    """A's calls are taken by all kernels, B's not by "hopper"; both are by route for few rows."""
+    results = {}
+    times = {  # by T, 2 T / 4 rows per expert, of each tile
+        1: {PLAIN: 12.0, SPECIAL[0]: 14.0, BY_ROUTE[0]: 9.0},
+        16: {PLAIN: 30.0, WIDER: 40.0, SPECIAL[0]: 20.0},
+        64: {PLAIN: 90.0, WIDER: 70.0, SPECIAL[0]: 60.0, SPECIAL[1]: 40.0},
+        256: {PLAIN: 300.0, WIDER: 200.0, SPECIAL[1]: 150.0},
+    }
+    for T, (row, shape) in itertools.product(times, (("A", SHAPE), ("B", (128, 32, 4, 2)))):
+        for one, us in times[T].items():
+            if row == "A" or one.kernels != "hopper":
+                for part, name in one.parts.items():
+                    results[Trial(point(T, shape, row), part, one.rule, name)] = Result("ok", us)
+    tables = tuning.tables_of(results)
+    assert [(table.kernels, {p.row for p in table.times}) for table in tables] == list(
+        zip(CALLS, ({"A"}, {"A", "B"}, {"A", "B"}))
+    )
+    data = tuning.file_of(tables, 0.02)
+    assert "shapes" not in data
+    assert_expected_inline(
+        listed(data["tiles"]),
+        """\
+1: matvec 1, 16 x 256 4 1 0, 16 x 256 4 1 0
+20: hopper 32, 64 x 64 4 4 2, 128 x 64 4 4 2
+20: gemm 16, 64 x 64 4 2 0, 64 x 64 4 2 0
+None: hopper 64, 64 x 64 4 4 2, 128 x 64 4 4 2
+None: gemm 64, 64 x 64 4 3 0, 64 x 64 4 3 0""",
+    )
+
+
+def test_the_rest_counts_for_those_that_have_one():
+    a, results = point(1), {}
+    for one, us in ((PLAIN, 10.0), (BY_ROUTE[0], 11.0)):
+        for part, name in one.parts.items():
+            results[Trial(a, part, one.rule, name)] = Result("ok", us)
+    table = Table(results)
+    assert (table.us(a, PLAIN), table.us(a, BY_ROUTE[0])) == (30.0, 22.0) and table.best(a)[0] == BY_ROUTE[0]
+    del results[Trial(a, REST, PLAIN.rule, key({}))]
+    assert Table(results).us(a, PLAIN) is None and Table(results).best(a) == [BY_ROUTE[0]]
+    assert tuning.tables_of(results) == []  # a file of it would not serve every call
+
+
+@given(st.data())
+def test_any_journal_gives_a_file_that_serves_every_call(data):
+    """Whatever came of the trials, in whatever state it was left."""
+    outcomes = st.sampled_from([Result("ok", us) for us in (10.0, 10.1, 13.0, 40.0)] * 2 + [Result("wrong", 1.0), None])
+    results = {}
+    for T, (row, shape) in itertools.product((1, 2, 16, 256), (("A", SHAPE), ("B", (128, 32, 4, 2)))):
+        for one in (PLAIN, WIDER, *SPECIAL, *BY_ROUTE):
+            admitted = one.kernels != "hopper" or row == "A"
+            if admitted and (one.kernels != "matvec" or point(T).rows <= tuning.MATVEC_ROWS):
+                result = data.draw(outcomes)
+                for part, name in one.parts.items():
+                    if result is not None:
+                        results[Trial(point(T, shape, row), part, one.rule, name)] = result
+    tables = tuning.tables_of(results)
+    if not tables:
+        gemm = {t: r for t, r in results.items() if t.kernels == "gemm"}
+        assert not Table(gemm).least
+        return
+    old = {"tiles": [WIDER.json(None)]}
+    written = tuning.file_of(tables, 0.02, old, keep_default=data.draw(st.booleans()))
+    config = configs.parse("file", json.loads(tuning.dump(written)))
+    for rules in (config.tiles, *config.shapes.values()):
+        assert all(tiles.rows_per_expert <= tuning.MATVEC_ROWS for tiles in rules if tiles.kernels == "matvec")
+    shapes = {tuple(one[name] for name in tuning.SIZES): one["tiles"] for one in written.get("shapes", [])}
+    for table in tables:
+        for at in table.times:
+            one = served(shapes.get(at.shape, written["tiles"]), at.rows, table.kernels)
+            assert one == tuning.chosen(shapes.get(at.shape, written["tiles"]), at, table.kernels)
+            assert one.kernels in table.kernels and (one.kernels != "hopper" or at.row == "A")
 
 
 # What is wrong
@@ -606,9 +861,11 @@ type(PARTS).call = lambda self, T, weights, **options: tune_gpu.torch_mxfp8moe.a
 ).check()
 target = BACKEND.target(torch.device("cpu"))
 tile = {{"block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}}
-for activations, gemm in (("bf16", "gemm2"), ("mxfp8", "gemm1")):
+for activations, part in (("bf16", "gemm2"), ("bf16", "rest"), ("mxfp8", "gemm1")):
     point = tune_gpu.Measured(PARTS, weights, 9, activations)
-    print(point.measure(gemm, {{"block_m": 16}}, tile, target, 9e9))
+    print(point.measure(part, {{"block_m": 16}}, tile, target, 9e9))
+by_route = {{"block_n": 8, "block_k": 128, "num_warps": 1, "num_stages": 1}}
+print(point.measure("gemm1", {{"block_m": 1, "kernels": "matvec"}}, by_route, target, 9e9))
 print(point.measure("gemm1", {{"block_m": 16}}, tile, target, 1.0).status)
 
 run, count = launch.Launch.run, [0]
@@ -620,7 +877,7 @@ launch.Launch.run = sometimes
 print(point.measure("gemm1", {{"block_m": 16}}, tile, target, 9e9).note)
 """
     *right, slow, wrong = run_python(code, TRITON_INTERPRET="1").splitlines()
-    assert right == ["Result(status='ok', us=2.0, note='')"] * 2 and slow == "slow"
+    assert right == ["Result(status='ok', us=2.0, note='')"] * 4 and slow == "slow"
     assert wrong.startswith("run 2 differs from the first in ")
 
 
@@ -656,11 +913,11 @@ def test_compiling_in_processes(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.delenv("TRITON_CACHE_DIR")
         multiprocessing.forkserver.ensure_running()
-    tile = key(tune_gpu.PARTNER)
-    fields = dict(row="Qwen3-30B-A3B TP4", tokens=(4, 64), activations="mxfp8", arch="sm_90", gemm="gemm2")
+    tile = key(GEMM)
+    fields = dict(row="Qwen3-30B-A3B TP4", tokens=(4, 64), activations="mxfp8", arch="sm_90", part="gemm2")
     fields |= dict(rule=key({"block_m": 16}), gemm1=tile, gemm2=tile)
     good, crashing, endless = Task(**fields), Crashing(**fields), Endless(**fields)
-    invalid = dataclasses.replace(good, gemm2=key(tune_gpu.PARTNER | {"block_n": 48}))
+    invalid = dataclasses.replace(good, gemm2=key(GEMM | {"block_n": 48}))
     done = dict(compile_all([invalid, crashing, good], jobs=1))
     assert done[good] == "" and done[crashing] == "the compiler ended with exit status 3"
     assert done[invalid].startswith("ValueError: candidate, gemm2: block_n is 48")
@@ -681,6 +938,21 @@ def test_which_launches_are_of_a_product(gemm):
     assert other.kernel is launch.kernel and numbers(other) != numbers(launch)
 
 
+@pytest.mark.parametrize("kernels", PARTNERS)
+def test_each_launch_is_of_one_part(kernels):
+    rule = {"block_m": 1 if kernels == "matvec" else 16, "kernels": kernels}
+    gemms = {name: key(tile) for name, tile in PARTNERS[kernels].items()}
+    task = Task("Qwen3-30B-A3B TP1", (1,), "mxfp8", "sm_90", "", key(rule), **gemms)
+    names = lambda part: [one.kernel.__name__ for one in dataclasses.replace(task, part=part).launches()]
+    products, rest = {
+        "gemm": (["grouped_gemm_kernel"] * 2, ["route_kernel", "dispatch_kernel", "combine_kernel"]),
+        "hopper": (["warpgroup_gemm_kernel"] * 2, ["route_kernel", "dispatch_kernel", "combine_kernel"]),
+        "matvec": (["gate_up_kernel", "down_kernel"], []),
+    }[kernels]
+    assert names("gemm1") + names("gemm2") == products and names(REST) == rest
+    assert bool(rest) == (REST in tuning.parts_of(rule))
+
+
 # What it is told
 
 
@@ -689,7 +961,7 @@ def test_which_launches_are_of_a_product(gemm):
     [
         (["--tokens", "0"], "--tokens takes numbers from 1 on, not 0"),
         (["--within", "0"], "--within is 0; it takes more than 0 and less than 100 percent"),
-        (["--space", '{"gem": {}}'], "--space: a space has 'gem'; it takes rule, gemm, gemm1, gemm2"),
+        (["--space", '{"gem": {}}'], "--space: a space has 'gem'; it takes gemm, hopper, matvec"),
         (["--space", "{"], "argument --space: invalid"),
         (["--write"], "--write needs --out"),
         (["--write", "--out", "x", "--journal", "/nowhere/j"], "--write: there is no journal /nowhere/j"),

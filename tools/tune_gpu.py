@@ -1,16 +1,18 @@
 #!/usr/bin/env python
 """Choose the tiles of the Triton kernels for this GPU and write torch_mxfp8moe/configs/triton/<arch>.json.
 
-For every row of test/shapes.csv that is asked for and every token count, for each block_m that may suit it, each of the
-two products of a layer is tuned by itself: from the configured tile, and from what is good for other points, one field
-is changed at a time as long as that helps. Candidates are compiled in many processes before they are timed. Before a
-time is believed every element of the layer's output is compared with the reference op's, and the bytes of several runs
-with one another, from memory that was filled with NaN: there are tiles that are fast and wrong.
+For every row of test/shapes.csv that is asked for and every token count, for all kernels that take its calls and each
+block_m that may suit it, each of the two products of a layer is tuned by itself: from the configured tile, and from
+what is good for other points, one field is changed at a time as long as that helps. The other launches are timed once
+for each block_m, since not all kernels need them. Candidates are compiled in many processes before they are timed.
+Before a time is believed every element of the layer's output is compared with the reference op's, and the bytes of
+several runs with one another, from memory that was filled with NaN: there are tiles that are fast and wrong.
 
 Every result goes at once to a file of JSON lines (--journal). A second run picks it up, where the GPU, Triton and the
 kernels' source are the same; a candidate that crashed the process or hung is not tried again, and the run goes on. At
 the end, or when --minutes are over, the winners are reduced to as few rules as stay within --within percent of the best
-of each point: default rules for all shapes, and rules of a shape's own where those cost it more.
+of each point: default rules for all shapes, and rules of a shape's own where those cost it more. Below rules of kernels
+that do not take every call there are the best ones for calls that pass over them.
 
 --write measures nothing: it makes the file from a journal, and needs no GPU.
 """
@@ -31,9 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from bench import timing, tuning  # noqa: E402
-from bench.compiling import Task, compile_all, reads  # noqa: E402
+from bench.compiling import Task, compile_all, is_of  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
-from bench.tuning import GEMMS, Journal, Json, Point, Result, Search, Trial, key  # noqa: E402
+from bench.tuning import GEMMS, REST, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
@@ -51,9 +53,6 @@ RESTART = 75
 
 UNTIL = "MXFP8MOE_TUNE_UNTIL"
 """Set for workers: the time when they end."""
-
-PARTNER: Json = {"block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}
-"""The tile of the product that is not being tuned."""
 
 TOKEN_ERROR, ELEMENT_ERROR = 1e-2, 0.05
 """Largest relative L2 of a token, and largest error of an element over the root mean square of its token, of a right
@@ -92,13 +91,13 @@ class Measured:
         call = self.calls[0]
         self.want = torch_mxfp8moe.reference.fused_moe(**call.inputs, **row.options, **options, out_dtype=torch.float32)
 
-    def measure(self, gemm: str, rule: Json, tile: Json, target, slow: float) -> Result:
-        """A time of the product ``gemm`` with ``tile``. Above ``slow`` microseconds it is not checked."""
+    def measure(self, part: str, rule: Json, tile: Json, target, slow: float) -> Result:
+        """A time of a part's launches with ``tile``, all others having run before, so that each finds what it reads.
+        Above ``slow`` microseconds it is not checked."""
         from torch_mxfp8moe.backends.triton.fused_moe import plan
         from torch_mxfp8moe.backends.triton.launch import WORKSPACE
 
-        gemms = {name: tile if name == gemm else PARTNER for name in GEMMS}
-        made = plan(self.calls[0], target, tuning.tiles_of(rule, **gemms))
+        made = plan(self.calls[0], target, tuning.tiles_of(rule, **tuning.with_partner(part, rule, tile)))
         bound, workspaces = [], []
         for call in self.calls:
             workspaces.append(torch.empty(made.workspace, dtype=torch.uint8, device=call.device))
@@ -107,7 +106,7 @@ class Measured:
         for launches in bound:
             for launch in launches:
                 launch.run()
-        ours = [[one for free, one in zip(made.launches, launches) if reads(free, gemm)] for launches in bound]
+        ours = [[one for free, one in zip(made.launches, launches) if is_of(free, part)] for launches in bound]
         functions = [lambda own=own: [launch.run() for launch in own] for own in ours]
         us = timing.in_one_graph(functions, 3)
         if us > slow:
@@ -130,24 +129,47 @@ class Tuner:
         self.args, self.journal, self.target, self.until = args, journal, target, until
         self.space = tuning.space_of(target.arch, args.space)
 
+    def admitted(self, row: Row) -> list[str]:
+        """The kernels that take the row's calls."""
+        from torch_mxfp8moe.backends.triton.fused_moe import admits
+
+        weights = in_layout(row.weights("meta"), self.args.layout)
+        call = row.call(1, "meta", weights, activation_dtype=self.args.activations, layout=self.args.layout)
+        result = []
+        for kernels, space in self.space.items():
+            rule = {"block_m": space["rule"]["block_m"][0], "kernels": kernels}
+            if admits(call, self.target, tuning.tiles_of(rule, **tuning.PARTNERS[kernels])):
+                result.append(kernels)
+        return result
+
     def searches(self, row: Row) -> list[Search]:
+        """Of each point those for the configured rule come first."""
         shape = (row.hidden, row.intermediate, row.experts, row.topk)
+        config, admitted = configs.load(self.target.arch, self.args.activations), self.admitted(row)
+        rules = [tiles for tiles in config.shapes.get(shape, config.tiles) if tiles.kernels in admitted]
         result = []
         for T in self.args.tokens:
             point = Point(row.name, shape, T)
-            sizes = dict(zip(tuning.SIZES, shape))
-            now = configs.choose(self.target.arch, self.args.activations, tokens=T, **sizes)
-            rules = tuning.rules_to_try(point, self.space["rule"])
-            rules = [json.loads(one) for one in dict.fromkeys(map(key, [tuning.rule_json(now), *rules]))]
-            for rule in rules:
-                for gemm in GEMMS:
-                    start = tuning.gemm_json(getattr(now, gemm))
-                    result.append(Search(point, gemm, rule, start, self.space[gemm]))
+            serving = [t for t in rules if t.rows_per_expert is None or point.rows <= t.rows_per_expert]
+            for kernels in dict.fromkeys([*(tiles.kernels for tiles in serving), *admitted]):
+                space = self.space[kernels]
+                now = [tiles for tiles in serving if tiles.kernels == kernels][:1]
+                tried = [*map(tuning.rule_json, now), *tuning.rules_to_try(point, kernels, space["rule"])]
+                begin = now or [tiles for tiles in rules if tiles.kernels == kernels][-1:]
+                for rule in map(json.loads, dict.fromkeys(map(key, tried))):
+                    for part in tuning.parts_of(rule):
+                        if part == REST:
+                            result.append(Search(point, part, rule, {}, {}))
+                            continue
+                        starts = [tuning.gemm_json(getattr(tiles, part)) for tiles in begin]
+                        starts.append(tuning.PARTNERS[kernels][part])
+                        start = next(tile for tile in starts if tuning.fits(part, rule, tile))
+                        result.append(Search(point, part, rule, start, space[part]))
         return result
 
     def seeds(self, search: Search, others: list[Search], most: int) -> list[Json]:
-        """The best tiles of the nearest other points, for the same product under the same rule."""
-        alike = [o for o in others if (o.gemm, o.rule) == (search.gemm, search.rule) and o is not search and o.best]
+        """The best tiles of the nearest other points, for the same part under the same rule."""
+        alike = [o for o in others if (o.part, o.rule) == (search.part, search.rule) and o is not search and o.best]
         alike.sort(key=lambda o: abs(o.point.rows - search.point.rows) / (o.point.rows + search.point.rows))
         return [o.best[0] for o in alike[:most]]
 
@@ -167,7 +189,7 @@ class Tuner:
                 for search, tile in todo[task]:
                     done += 1
                     T, where = search.point.T, f"{row.name}, round {number}, {done} of {count}"
-                    progress(f"{where}: T={T} {search.gemm} {key(tile)}")
+                    progress(f"{where}: T={T} {search.part} {key(tile)}")
                     if time.time() > until:
                         return
                     if failed:
@@ -181,7 +203,7 @@ class Tuner:
                     if result.status == "wrong":
                         progress("")
                         print(
-                            f"wrong: {row.name} T={T} {search.gemm} {key(search.rule)} {key(tile)}: {result.note}",
+                            f"wrong: {row.name} T={T} {search.part} {key(search.rule)} {key(tile)}: {result.note}",
                             flush=True,
                         )
 
@@ -199,15 +221,15 @@ class Tuner:
                 search.times[key(tile)] = result.usable
                 remembered = True
             else:
-                todo.setdefault((search.gemm, key(search.rule), key(tile)), []).append((search, tile))
+                todo.setdefault((search.part, key(search.rule), key(tile)), []).append((search, tile))
         return {self.task(own): own for own in todo.values()}, remembered
 
     def task(self, own: list[tuple[Search, Json]]) -> Task:
         search, tile = own[0]
-        gemms = {name: key(tile if name == search.gemm else PARTNER) for name in GEMMS}
+        gemms = {name: key(one) for name, one in tuning.with_partner(search.part, search.rule, tile).items()}
         tokens = tuple(search.point.T for search, _ in own)
         options = dict(activations=self.args.activations, layout=self.args.layout, arch=self.target.arch)
-        options |= dict(gemm=search.gemm)
+        options |= dict(part=search.part)
         return Task(search.point.row, tokens, **options, rule=key(search.rule), **gemms)
 
     def attempt(self, trial: Trial, point: Measured, search: Search, tile: Json) -> Result:
@@ -217,7 +239,7 @@ class Tuner:
         watch = threading.Timer(HANG, os._exit, (RESTART,))
         watch.start()
         try:
-            result = point.measure(search.gemm, search.rule, tile, self.target, slow)
+            result = point.measure(search.part, search.rule, tile, self.target, slow)
         except Exception as error:
             result = Result("failed", note=f"{type(error).__name__}: {error}"[:500])
             try:
@@ -232,39 +254,35 @@ class Tuner:
 
 
 def row_table(name: str, searches: list[Search]) -> str:
-    """What the tiles that are configured and the best ones take of each point, microseconds of both products."""
-    lines = [f"\n{name}: both products, us", f"{'T':>6} {'configured':>11} {'best':>9}  tile"]
-    for T in dict.fromkeys(search.point.T for search in searches):
-        own = [search for search in searches if search.point.T == T]
-        now = [search.times.get(key(search.start)) for search in own if search.rule == own[0].rule]
-        before = f"{sum(now):>11.1f}" if len(now) == len(GEMMS) and None not in now else f"{'-':>11}"
-        pairs = {}
-        for search in own:
-            if search.best:
-                pairs.setdefault(key(search.rule), []).append(search)
-        sums = {rule: sum(s.best[1] for s in pair) for rule, pair in pairs.items() if len(pair) == len(GEMMS)}
-        if not sums:
-            lines.append(f"{T:>6} {before} {'-':>9}")
-            continue
-        rule = min(sums, key=sums.get)
-        tile = " ".join([rule, *(key(search.best[0]) for search in pairs[rule])])
-        lines.append(f"{T:>6} {before} {sums[rule]:>9.1f}  {tile}")
+    """What calls take of each point with the tiles that are configured and with the best ones, microseconds of all
+    launches."""
+    table = Table({s.trial(json.loads(t)): Result("ok", us) for s in searches for t, us in s.times.items() if us})
+    lines = [f"\n{name}: all launches, us", f"{'T':>6} {'configured':>11} {'best':>9}  tile"]
+    for point in dict.fromkeys(search.point for search in searches):
+        own = [search for search in searches if search.point == point]
+        starts = {search.part: search.start for search in own if search.rule == own[0].rule}
+        now, best = None, []
+        if point in table.times:
+            now = table.us(point, Tile.of(own[0].rule, *map(starts.get, GEMMS)))
+            best = table.best(point)[:1]
+        before = "-" if now is None else f"{now:.1f}"
+        after = f"{table.least[point]:.1f}" if best else "-"
+        tile = "".join(f"  {tile.rule} {tile.gemm1} {tile.gemm2}" for tile in best)
+        lines.append(f"{point.T:>6} {before:>11} {after:>9}{tile}")
     return "\n".join(lines)
 
 
 def write(args, journal: Journal) -> None:
     """The tile file from the results."""
     old = json.loads(args.out.read_text()) if args.out.exists() else None
-    if old and any(tiles.gemm1.programs for tiles in configs.parse(args.out.name, old).tiles):
-        sys.exit(f"{args.out} has rules with programs, which are not tuned here and would be lost: name another --out")
-    table = tuning.Table(journal.results)
-    if not any(table.best(point) for point in table.times):
-        sys.exit(f"nothing to write: {args.journal} has no usable result")
-    missing = set(rows()) - {point.row for point in table.times}
+    tables = tuning.tables_of(journal.results)
+    if not tables:
+        sys.exit(f"nothing to write: {args.journal} has no usable result of kernels that serve every call")
+    missing = set(rows()) - {point.row for table in tables for point in table.times}
     keep = bool(missing) and old is not None if args.default is None else args.default == "keep"
     if keep and old is None:
         sys.exit(f"--default keep: there is no {args.out}")
-    data = tuning.file_of(table, args.within / 100, old, keep)
+    data = tuning.file_of(tables, args.within / 100, old, keep)
     configs.parse(args.out.name, data)
     args.out.write_text(tuning.dump(data))
     counts: dict[str, int] = {}
@@ -274,15 +292,25 @@ def write(args, journal: Journal) -> None:
     print(
         f"\n{args.out}: {len(data['tiles'])} default rules ({kept}), {len(data.get('shapes', []))} shapes of their own"
     )
+    if gone := kernels_in(old or {}) - kernels_in(data):
+        print(f"rules of {', '.join(sorted(gone))} were there and are gone")
     print("results: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
     worst = 1.0
     shapes = {tuple(shape[name] for name in tuning.SIZES): shape["tiles"] for shape in data.get("shapes", [])}
-    for point in table.times:
-        cost = table.over_best(point, tuning.chosen(shapes.get(point.shape, data["tiles"]), point))
-        worst = max(worst, cost or 1.0)
-        if cost is None or cost > 1 + args.within / 100:
-            print(f"{point.row} T={point.T}: its rule {'was not measured' if cost is None else f'takes {cost:.3f}'}")
-    print(f"the products take {worst:.3f} of the best tiles' time at the most")
+    for table in tables:
+        for point in table.times:
+            cost = table.over_best(point, tuning.chosen(shapes.get(point.shape, data["tiles"]), point, table.kernels))
+            worst = max(worst, cost or 1.0)
+            if cost is None or cost > 1 + args.within / 100:
+                said = "was not measured" if cost is None else f"takes {cost:.3f}"
+                print(f"{point.row} T={point.T}, calls that take {', '.join(table.kernels)}: its rule {said}")
+    print(f"calls take {worst:.3f} of the best tiles' time at the most")
+
+
+def kernels_in(data: Json) -> set[str]:
+    """Those that a tile file has rules for."""
+    lists = [data.get("tiles", []), *(shape["tiles"] for shape in data.get("shapes", []))]
+    return {Tile.of_file(rule).kernels for rules in lists for rule in rules}
 
 
 def work(args) -> int:
@@ -357,8 +385,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="what becomes of the file's rules for all shapes (without it: they are replaced if every "
                         "row of test/shapes.csv was tuned)")  # fmt: skip
     parser.add_argument("--space", type=json.loads, metavar="JSON",
-                        help="values to try in the place of the program's, by field: "
-                        '{"rule": {"block_m": [16]}, "gemm": {"num_stages": [3, 4]}, "gemm1": {...}}')  # fmt: skip
+                        help="values to try in the place of the program's, by kernels and field: "
+                        '{"gemm": {"rule": {"block_m": [16]}, "both": {"num_stages": [3]}, "gemm1": {}}}')  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default: one a core)")
     parser.add_argument("--write", action="store_true", help="only make the file, --out, from the journal")
     args = parser.parse_args(argv)
@@ -368,7 +396,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--within is {args.within:g}; it takes more than 0 and less than 100 percent")
     try:
         tuning.space_of("sm_90", args.space)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         parser.error(f"--space: {error}")
     if args.write and args.out is None:
         parser.error("--write needs --out")

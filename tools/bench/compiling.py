@@ -23,15 +23,15 @@ SECONDS = 180.0
 
 @dataclass(frozen=True)
 class Task:
-    """A product of a call, to be compiled; what it takes to make the call anew without tensors."""
+    """A part of a call, to be compiled; what it takes to make the call anew without tensors."""
 
     row: str
     tokens: tuple[int, ...]
     """The calls' numbers of tokens; most likely they need the same kernel."""
     activations: str
     arch: str
-    gemm: str
-    """gemm1 or gemm2."""
+    part: str
+    """gemm1, gemm2 or rest."""
     rule: str
     gemm1: str
     gemm2: str
@@ -39,7 +39,7 @@ class Task:
     layout: str = "row_major"
 
     def launches(self) -> list:
-        """Those of the product, bound, on tensors without memory."""
+        """Those of the part, bound, on tensors without memory."""
         from shapes import rows
         from torch_mxfp8moe.backends.triton.fused_moe import plan
         from torch_mxfp8moe.backends.triton.targets import Target
@@ -52,13 +52,13 @@ class Task:
             call = rows()[self.row].call(T, "meta", weights, **options).with_out()
             made = plan(call, Target(self.arch), tiles)
             bound = made.bind(call.inputs | {"out": call.out}, call.device)
-            result += [one for free, one in zip(made.launches, bound) if reads(free, self.gemm)]
+            result += [one for free, one in zip(made.launches, bound) if is_of(free, self.part)]
         return result
 
 
-def reads(launch, gemm: str) -> bool:
-    """Whether a plan's launch is of the product ``gemm``: whether it reads that product's weights."""
-    return {"gemm1": "w1", "gemm2": "w2"}[gemm] in label(launch).split()
+def is_of(launch, part: str) -> bool:
+    """Whether a plan's launch is of that part of a call: a product's reads its weights, one of the rest reads none."""
+    return label(launch).split()[1:] == {"gemm1": ["w1"], "gemm2": ["w2"], tuning.REST: []}[part]
 
 
 def _work(task: Task, cache: str, pipe) -> None:

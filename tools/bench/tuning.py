@@ -2,7 +2,11 @@
 
 A tile is held as what a tile file holds of it: a ``rule`` (what both products share, such as block_m), and a ``gemm``
 (what is one product's own), dicts of JSON values. ``configs`` checks them; that a field exists is written there and in
-the space that is searched, nowhere here.
+the space that is searched, nowhere here. A rule also says which ``kernels`` it is for (``configs.Tiles.kernels``; not
+said: "gemm"), which in files its other fields tell.
+
+A call has three parts with times of their own: both products, and the ``rest``, which sorts and combines and for which
+nothing but the rule counts. "matvec" has no rest, its products do all: products alone would not compare.
 """
 
 import hashlib
@@ -10,51 +14,98 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from itertools import product
+from functools import cached_property
+from itertools import combinations, product
 from pathlib import Path
 
 from torch_mxfp8moe import configs
 from torch_mxfp8moe.configs import Gemm, Tiles
 
 GEMMS = ("gemm1", "gemm2")
+REST = "rest"
 LIMIT = "rows_per_expert"
 Json = dict[str, object]
 
-SPACES = {
-    "sm_": {
-        "rule": {"block_m": (16, 32, 64, 128)},
-        "gemm": {
-            "block_n": (32, 64, 128, 256), "block_k": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5),
-            "descriptors": (False, True),
-        },
-    },
-    "gfx": {
-        "rule": {"block_m": (16, 32, 64, 128, 256)},
-        "gemm": {
-            "block_n": (32, 64, 128, 256), "block_k": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4),
-            "matrix_instr_nonkdim": (0, 16, 32), "waves_per_eu": (0, 1, 2),
-        },
+CALLS = (("hopper", "matvec", "gemm"), ("matvec", "gemm"), ("gemm",))
+"""The kernels that calls are admitted to: there are calls of each of these, and no others (``fused_moe.admits``)."""
+
+MATVEC_ROWS = 1
+"""Rows per expert beyond which a route by itself is not tried, and does not go into a file."""
+
+_MATVEC = {
+    "rule": {"block_m": (1,)},
+    "both": {
+        "block_n": (2, 4, 8, 16, 32, 64), "block_k": (128, 256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8),
     },
 }  # fmt: skip
-"""What is tried, by the beginning of an architecture's name: values in order, of rules and of each product. ``gemm1``
-and ``gemm2`` beside ``gemm`` hold what is one product's alone."""
+
+SPACES = {
+    "sm_": {
+        "gemm": {
+            "rule": {"block_m": (16, 32, 64, 128)},
+            "both": {
+                "block_n": (32, 64, 128, 256), "block_k": (64, 128, 256), "num_warps": (4, 8),
+                "num_stages": (2, 3, 4, 5), "descriptors": (False, True),
+            },
+        },
+        "hopper": {
+            "rule": {"block_m": (16, 32, 64, 128)},
+            "both": {"num_stages": (2, 3, 4, 5, 6, 7, 8), "programs": (1, 2, 3)},
+            "gemm1": {"width": ({"num_warps": 4, "block_n": 64}, {"num_warps": 8, "block_n": 128})},
+            "gemm2": {"width": ({"num_warps": 4, "block_n": 128}, {"num_warps": 8, "block_n": 256})},
+        },
+        "matvec": _MATVEC,
+    },
+    "gfx": {
+        "gemm": {
+            "rule": {"block_m": (16, 32, 64, 128, 256)},
+            "both": {
+                "block_n": (32, 64, 128, 256), "block_k": (64, 128, 256), "num_warps": (4, 8), "num_stages": (2, 3, 4),
+                "matrix_instr_nonkdim": (0, 16, 32), "waves_per_eu": (0, 1, 2),
+            },
+        },
+        "matvec": _MATVEC,
+    },
+}  # fmt: skip
+"""What is tried, by the beginning of an architecture's name and the kernels: values in order, of rules and of each
+product. ``gemm1`` and ``gemm2`` beside ``both`` hold what is one product's alone. A value that is a dict is of several
+fields, which change together."""
+
+_HOPPER = {"block_k": 64, "num_warps": 4, "num_stages": 4, "programs": 2}
+PARTNERS: dict[str, dict[str, Json]] = {
+    "gemm": dict.fromkeys(GEMMS, {"block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}),
+    "hopper": {"gemm1": {"block_n": 64, **_HOPPER}, "gemm2": {"block_n": 128, **_HOPPER}},
+    "matvec": dict.fromkeys(GEMMS, {"block_n": 16, "block_k": 512, "num_warps": 4, "num_stages": 1}),
+}
+"""The tile of a product that is not being tuned, under any rule; where a search begins if nothing is configured."""
 
 
-def space_of(arch: str, more: dict | None = None) -> dict[str, dict[str, tuple]]:
-    """The space of ``arch`` as ``rule``, ``gemm1`` and ``gemm2``; what ``more`` names replaces what is there."""
+def space_of(arch: str, more: dict | None = None) -> dict[str, dict[str, dict[str, tuple]]]:
+    """The space of ``arch`` by kernels, each as ``rule``, ``gemm1`` and ``gemm2``; what ``more`` names replaces what is
+    there."""
     base = next(space for start, space in SPACES.items() if arch.startswith(start))
-    parts = {name: dict(base.get(name, {})) for name in ("rule", "gemm", *GEMMS)}
-    for name, values in (more or {}).items():
-        if name not in parts:
-            raise ValueError(f"a space has {name!r}; it takes {', '.join(parts)}")
-        parts[name] |= values
-    shared = parts.pop("gemm")
-    return {name: {k: tuple(v) for k, v in ((shared | own) if name in GEMMS else own).items()}
-            for name, own in parts.items()}  # fmt: skip
+    if unknown := (more or {}).keys() - base:
+        raise ValueError(f"a space has {min(unknown)!r}; it takes {', '.join(base)}")
+    result = {}
+    for kernels, space in base.items():
+        parts = {name: dict(space.get(name, {})) for name in ("rule", "both", *GEMMS)}
+        for name, values in (more or {}).get(kernels, {}).items():
+            if name not in parts:
+                raise ValueError(f"the space of {kernels} has {name!r}; it takes {', '.join(parts)}")
+            parts[name] |= values
+        both = parts.pop("both")
+        result[kernels] = {name: {k: tuple(v) for k, v in ((both | own) if name in GEMMS else own).items()}
+                           for name, own in parts.items()}  # fmt: skip
+    return result
+
+
+def changed(tile: Json, name: str, value: object) -> Json:
+    """``tile`` with a value of the space."""
+    return tile | (value if isinstance(value, dict) else {name: value})
 
 
 _DEFAULTS = {f.name: f.default for kind in (Tiles, Gemm) for f in fields(kind) if f.default is not MISSING} | {
-    "matrix_instr_nonkdim": 0, "waves_per_eu": 0,
+    "matrix_instr_nonkdim": 0, "waves_per_eu": 0, "kernels": "gemm",
 }  # fmt: skip
 """Of fields, and of compiler options: 0 leaves the choice to the compiler."""
 
@@ -67,7 +118,8 @@ def gemm_json(gemm: Gemm) -> Json:
 
 def rule_json(tiles: Tiles) -> Json:
     """What the products of ``tiles`` share, as a file holds it."""
-    return normal({f.name: getattr(tiles, f.name) for f in fields(Tiles) if f.name not in (LIMIT, *GEMMS)})
+    shared = {f.name: getattr(tiles, f.name) for f in fields(Tiles) if f.name not in (LIMIT, *GEMMS)}
+    return normal(shared | {"kernels": tiles.kernels})
 
 
 def normal(part: Json) -> Json:
@@ -75,9 +127,48 @@ def normal(part: Json) -> Json:
     return {name: value for name, value in part.items() if name not in _DEFAULTS or value != _DEFAULTS[name]}
 
 
+def kernels_of(rule: Json) -> str:
+    return rule.get("kernels", "gemm")
+
+
+def parts_of(rule: Json) -> tuple[str, ...]:
+    """What of a call has a time of its own."""
+    return GEMMS if kernels_of(rule) == "matvec" else (*GEMMS, REST)
+
+
+def file_rule(limit: float | None, rule: Json, gemm1: Json, gemm2: Json) -> Json:
+    """A rule as files hold it."""
+    shared = {name: value for name, value in rule.items() if name != "kernels"}
+    return {LIMIT: limit, **shared, "gemm1": gemm1, "gemm2": gemm2}
+
+
 def tiles_of(rule: Json, gemm1: Json, gemm2: Json) -> Tiles:
-    """Raises ValueError where ``configs`` does not take them."""
-    return configs.rule("candidate", {LIMIT: None, **rule, "gemm1": gemm1, "gemm2": gemm2})
+    """Raises ValueError where ``configs`` does not take them, or takes them for other kernels than ``rule`` says."""
+    tiles = configs.rule("candidate", file_rule(None, rule, gemm1, gemm2))
+    if tiles.kernels != kernels_of(rule):
+        raise ValueError(f"candidate: its kernels are {tiles.kernels!r}, not {kernels_of(rule)!r}")
+    return tiles
+
+
+def with_partner(part: str, rule: Json, tile: Json) -> dict[str, Json]:
+    """Tiles of both products for measuring one part, which has ``tile``."""
+    return PARTNERS[kernels_of(rule)] | ({part: tile} if part in GEMMS else {})
+
+
+def fits(part: str, rule: Json, tile: Json) -> bool:
+    """Whether there is room for what the tile holds, as far as that is known without compiling."""
+    kernels = kernels_of(rule)
+    if part == REST:
+        return True
+    if kernels == "hopper":
+        # Of shared memory: a ring of activations (bf16), weights and barriers; 1 KiB a warp for what the ending turns.
+        stage = 128 * rule["block_m"] + 2048 * tile["num_warps"] + 32
+        return tile["programs"] * (tile["num_stages"] * stage + 1024 * tile["num_warps"]) <= 227 << 10
+    if kernels == "matvec":
+        # Of registers: of 255 a lane needs two for each 4 codes of a piece, which this one and the next one take.
+        rows = tile["block_n"] * (2 if part == "gemm1" else 1)
+        return rows * tile["block_k"] <= 32 * tile["num_warps"] * 4 * 64
+    return True
 
 
 def key(tile: Json) -> str:
@@ -102,23 +193,27 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """A tile for one product of one point, under a rule."""
+    """A tile for one part of one point's calls, under a rule."""
 
     point: Point
-    gemm: str
-    """gemm1 or gemm2."""
+    part: str
+    """gemm1, gemm2 or rest."""
     rule: str
     tile: str
-    """Keys."""
+    """Keys; the rest has an empty tile."""
+
+    @property
+    def kernels(self) -> str:
+        return kernels_of(json.loads(self.rule))
 
     def json(self) -> Json:
         point = dict(row=self.point.row, shape=self.point.shape, T=self.point.T)
-        return {**point, "gemm": self.gemm, "rule": json.loads(self.rule), "tile": json.loads(self.tile)}
+        return {**point, "part": self.part, "rule": json.loads(self.rule), "tile": json.loads(self.tile)}
 
     @staticmethod
     def of(entry: Json) -> "Trial":
         point = Point(entry["row"], tuple(entry["shape"]), entry["T"])
-        return Trial(point, entry["gemm"], key(entry["rule"]), key(entry["tile"]))
+        return Trial(point, entry["part"], key(entry["rule"]), key(entry["tile"]))
 
 
 @dataclass(frozen=True)
@@ -185,16 +280,16 @@ def source_hash(folder: Path) -> str:
 
 
 class Search:
-    """For one product of one point under one rule: coordinate descent through the space, one field at a time from the
-    best so far, begun at what is configured and at whatever is good for others."""
+    """For one part of one point's calls under one rule: coordinate descent through the space, one field at a time from
+    the best so far, begun at what is configured and at whatever is good for others."""
 
-    def __init__(self, point: Point, gemm: str, rule: Json, start: Json, space: dict[str, tuple]):
-        self.point, self.gemm, self.rule, self.start, self.space = point, gemm, rule, start, space
+    def __init__(self, point: Point, part: str, rule: Json, start: Json, space: dict[str, tuple]):
+        self.point, self.part, self.rule, self.start, self.space = point, part, rule, start, space
         self.times: dict[str, float | None] = {}
         """Microseconds by key of every tile that was tried; None: not usable."""
 
     def trial(self, tile: Json) -> Trial:
-        return Trial(self.point, self.gemm, key(self.rule), key(tile))
+        return Trial(self.point, self.part, key(self.rule), key(tile))
 
     @property
     def best(self) -> tuple[Json, float] | None:
@@ -205,11 +300,10 @@ class Search:
         return json.loads(name), us
 
     def neighbours(self, tile: Json) -> Iterable[Json]:
-        full = _DEFAULTS | tile
         for name, values in self.space.items():
             for value in values:
-                if value != full.get(name):
-                    yield normal(tile | {name: value})
+                if (other := normal(changed(tile, name, value))) != tile:
+                    yield other
 
     def propose(self, seeds: Sequence[Json] = (), descend: bool = True) -> list[Json]:
         """What to try now, nothing of it tried before; empty when the search has ended. Without ``descend`` it goes no
@@ -222,13 +316,16 @@ class Search:
             wanted = [*seeds, *self.neighbours(self.start)]
         else:
             wanted = [*seeds, *self.neighbours(self.best[0])]
-        return [json.loads(name) for name in dict.fromkeys(map(key, wanted)) if name not in self.times]
+        new = [json.loads(name) for name in dict.fromkeys(map(key, wanted)) if name not in self.times]
+        return [tile for tile in new if fits(self.part, self.rule, tile)]
 
 
-def rules_to_try(point: Point, space: dict[str, tuple], width: float = 4.0) -> list[Json]:
+def rules_to_try(point: Point, kernels: str, space: dict[str, tuple], width: float = 4.0) -> list[Json]:
     """Rules whose block_m is not far from the rows that an expert gets: at most ``width`` times as many, not less than
-    a ``width``-th, and the nearest one in any case."""
-    choices = [dict(zip(space, values)) for values in product(*space.values())]
+    a ``width``-th, and the nearest one in any case. "matvec", which has no tiles of rows: if there are few."""
+    if kernels == "matvec" and point.rows > MATVEC_ROWS:
+        return []
+    choices = [normal(dict(zip(space, values)) | {"kernels": kernels}) for values in product(*space.values())]
     nearest = min((rule["block_m"] for rule in choices), key=lambda m: abs(math.log(m / max(point.rows, 1))))
     near = lambda m: m == nearest or point.rows / width <= m <= max(point.rows, 1) * width
     return [rule for rule in choices if near(rule["block_m"])]
@@ -246,29 +343,48 @@ class Tile:
     def of(rule: Json, gemm1: Json, gemm2: Json) -> "Tile":
         return Tile(key(rule), key(gemm1), key(gemm2))
 
-    def json(self, limit: float | None) -> Json:
-        return {LIMIT: limit, **json.loads(self.rule), "gemm1": json.loads(self.gemm1), "gemm2": json.loads(self.gemm2)}
+    @staticmethod
+    def of_file(rule: Json) -> "Tile":
+        tiles = configs.rule("rule", rule)
+        return Tile.of(rule_json(tiles), *(gemm_json(getattr(tiles, name)) for name in GEMMS))
 
-    @property
+    def json(self, limit: float | None) -> Json:
+        return file_rule(limit, *map(json.loads, (self.rule, self.gemm1, self.gemm2)))
+
+    @cached_property
     def block_m(self) -> int:
         return json.loads(self.rule)["block_m"]
 
+    @cached_property
+    def kernels(self) -> str:
+        return kernels_of(json.loads(self.rule))
+
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """The key of each part's tile."""
+        keys = {"gemm1": self.gemm1, "gemm2": self.gemm2, REST: key({})}
+        return {part: keys[part] for part in parts_of(json.loads(self.rule))}
+
 
 class Table:
-    """What was measured of all points: the time of a tile is that of its two products."""
+    """What was measured of points: the time of a tile is that of all parts."""
 
-    def __init__(self, results: dict[Trial, Result]):
+    def __init__(self, results: dict[Trial, Result], kernels: Sequence[str] = CALLS[0]):
+        self.kernels = kernels
+        """Those that the calls are admitted to."""
         self.times: dict[Point, dict[tuple[str, str], dict[str, float]]] = {}
-        """Microseconds by point, then by (rule, product), then by tile."""
+        """Microseconds by point, then by (rule, part), then by tile."""
         for trial, result in results.items():
             if result.usable is not None:
-                products = self.times.setdefault(trial.point, {})
-                products.setdefault((trial.rule, trial.gemm), {})[trial.tile] = result.usable
+                parts = self.times.setdefault(trial.point, {})
+                parts.setdefault((trial.rule, trial.part), {})[trial.tile] = result.usable
+        self.least = {point: self.us(point, best[0]) for point in self.times if (best := self.best(point))}
+        """Microseconds of the fastest tile, of points where there is one."""
 
     def us(self, point: Point, tile: Tile) -> float | None:
-        products = self.times[point]
-        one, two = (products.get((tile.rule, name), {}).get(getattr(tile, name)) for name in GEMMS)
-        return None if one is None or two is None else one + two
+        measured = self.times[point]
+        times = [measured.get((tile.rule, part), {}).get(name) for part, name in tile.parts.items()]
+        return None if None in times else sum(times)
 
     def best(self, point: Point, within: float = 0.0) -> list[Tile]:
         """The tiles of each rule whose products are its fastest there, the fastest first; with ``within`` those alone
@@ -277,18 +393,38 @@ class Table:
         for rule in dict.fromkeys(rule for rule, _ in self.times[point]):
             products = [self.times[point].get((rule, name)) for name in GEMMS]
             if all(products):
-                gemm1, gemm2 = (min(times, key=times.get) for times in products)
-                found.append(Tile(rule, gemm1, gemm2))
+                tile = Tile(rule, *(min(times, key=times.get) for times in products))
+                if self.us(point, tile) is not None:
+                    found.append(tile)
         found.sort(key=lambda tile: self.us(point, tile))
         if not found:
             return []
         least = self.us(point, found[0])
         return [tile for tile in found if self.us(point, tile) <= least * (1 + within)]
 
+    def candidates(self, points: Iterable[Point], within: float) -> list[Tile]:
+        """All that are :meth:`best` somewhere."""
+        return list(dict.fromkeys(tile for point in points for tile in self.best(point, within)))
+
     def over_best(self, point: Point, tile: Tile) -> float | None:
         """The time of ``tile`` over that of the fastest, None where it was not measured."""
-        us, best = self.us(point, tile), self.best(point)
-        return us / self.us(point, best[0]) if us is not None and best else None
+        us, least = self.us(point, tile), self.least.get(point)
+        return None if us is None or least is None else us / least
+
+
+def tables_of(results: dict[Trial, Result]) -> list[Table]:
+    """A table for each of ``CALLS`` that some rows' calls belong to, in that order, of these rows and kernels.
+
+    Calls of a row are admitted to what was tried for them. Points without a tile that serves every call are left out.
+    """
+    of = lambda kernels: {trial: result for trial, result in results.items() if trial.kernels in kernels}
+    served = set(Table(of(CALLS[-1])).least)
+    tables = []
+    for kernels in CALLS:
+        rows = {trial.point.row for trial in of(kernels[:1])}
+        own = {trial: r for trial, r in of(kernels).items() if trial.point in served and trial.point.row in rows}
+        tables.append(Table(own, kernels))
+    return [table for table in tables if table.times]
 
 
 def limit_between(low: float, high: float) -> float:
@@ -350,38 +486,91 @@ def reduce(
     return [tile.json(end) for end, (_, tile) in zip(ends, rules)]
 
 
-def file_of(table: Table, within: float, old: Json | None = None, keep_default: bool = False) -> Json:
+def merged(chains: Sequence[list[Json]]) -> list[Json]:
+    """The rules of a file that serves all calls. ``chains``: rules for calls that are admitted to fewer and fewer
+    kernels, the last to "gemm" alone.
+
+    Up to each limit in turn there is the rule of the first chain, and, unless that serves every call, the next chain's
+    for those that pass over it, until one serves every call. So limits rise for each kind of kernels, and the last rule
+    is of "gemm". Then rules are joined as long as every call has the same tile as before.
+    """
+    chains = [[(_end(rule), Tile.of_file(rule)) for rule in chain] for chain in chains]
+    ends = sorted({end for chain in chains for end, _ in chain})
+    rules = []
+    for end in ends:
+        known = set()
+        for chain in chains:
+            tile = next((tile for limit, tile in chain if limit >= end), None)
+            if tile is not None and not known & {tile.kernels, "gemm"}:
+                known.add(tile.kernels)
+                rules.append((end, tile))
+    return [tile.json(None if end == math.inf else end) for end, tile in _joined(rules, ends)]
+
+
+def _end(rule: Json) -> float:
+    """The most rows per expert that a rule is good for."""
+    most = MATVEC_ROWS if rule["block_m"] == 1 else math.inf
+    return most if rule[LIMIT] is None else min(rule[LIMIT], most)
+
+
+def _joined(rules: list[tuple[float, Tile]], ends: list[float]) -> list[tuple[float, Tile]]:
+    """Of two rules with one tile one with the later limit is enough, at the place of either, if all calls then have the
+    tiles that they had."""
+
+    def served(rules: list[tuple[float, Tile]]) -> list[Tile]:
+        return [
+            next(tile for end, tile in rules if rows <= end and tile.kernels in kernels)
+            for kernels in CALLS for rows in ends
+        ]  # fmt: skip
+
+    for i, j in combinations(range(len(rules)), 2):
+        if rules[i][1] == rules[j][1]:
+            without = [*rules[:i], *rules[i + 1 : j], *rules[j + 1 :]]
+            for place in (i, j - 1):
+                fewer = [*without[:place], rules[j], *without[place:]]
+                if served(fewer) == served(rules):
+                    return _joined(fewer, ends)
+    return rules
+
+
+def file_of(tables: Sequence[Table], within: float, old: Json | None = None, keep_default: bool = False) -> Json:
     """The content of a tile file: default rules, and shapes of their own where those cost more than ``within``.
 
-    ``old``: a file whose shapes that were not tuned now stay, and whose default rules do too with ``keep_default``.
+    ``tables``: those of :func:`tables_of`, at least one. ``old``: a file whose shapes that were not tuned now stay, and
+    whose default rules do too with ``keep_default``.
     """
-    points = [point for point in table.times if table.best(point)]
-    tiles = list(dict.fromkeys(tile for point in points for tile in table.best(point, within)))
-    cost = table.over_best
     if keep_default:
         rules = old["tiles"]
     else:
-        rules = reduce(points, tiles, cost, None, per_rule=math.log1p(within) * max(1.0, len(points) / 10))
+        chains = []
+        for table in tables:
+            points = list(table.times)
+            per_rule = math.log1p(within) * max(1.0, len(points) / 10)
+            chains.append(reduce(points, table.candidates(points, within), table.over_best, None, per_rule))
+        rules = merged(chains)
     shapes = {tuple(shape[name] for name in SIZES): shape for shape in (old or {}).get("shapes", [])}
-    for shape in dict.fromkeys(point.shape for point in points):
-        own = [point for point in points if point.shape == shape]
-        costs = [cost(point, chosen(rules, point)) for point in own]
+    for shape in dict.fromkeys(point.shape for table in tables for point in table.times):
+        own = [(table, [point for point in table.times if point.shape == shape]) for table in tables]
+        own = [(table, points) for table, points in own if points]
+        costs = [table.over_best(p, chosen(rules, p, table.kernels)) for table, points in own for p in points]
         shapes.pop(shape, None)
         if any(c is None or c > 1 + within for c in costs):
-            here = list(dict.fromkeys(tile for point in own for tile in table.best(point, max(within, 0.25))))
-            special = reduce(own, here, cost, within) or reduce(own, here, cost, None)
-            shapes[shape] = {**dict(zip(SIZES, shape)), "tiles": special}
+            chains = []
+            for table, points in own:
+                here = table.candidates(points, max(within, 0.25))
+                chain = reduce(points, here, table.over_best, within) or reduce(points, here, table.over_best, None)
+                chains.append(chain)
+            shapes[shape] = {**dict(zip(SIZES, shape)), "tiles": merged(chains)}
     return {"tiles": rules} | ({"shapes": list(shapes.values())} if shapes else {})
 
 
 SIZES = ("hidden", "intermediate", "experts", "topk")
 
 
-def chosen(rules: list[Json], point: Point) -> Tile:
-    """The one of a file's ``rules`` that serves a point."""
-    rule = next(rule for rule in rules if rule[LIMIT] is None or point.rows <= rule[LIMIT])
-    shared = {name: value for name, value in rule.items() if name not in (LIMIT, *GEMMS)}
-    return Tile.of(normal(shared), normal(rule["gemm1"]), normal(rule["gemm2"]))
+def chosen(rules: list[Json], point: Point, kernels: Sequence[str] = CALLS[0]) -> Tile:
+    """The one of a file's ``rules`` that serves a point's calls, which are admitted to ``kernels``."""
+    serving = (Tile.of_file(rule) for rule in rules if rule[LIMIT] is None or point.rows <= rule[LIMIT])
+    return next(tile for tile in serving if tile.kernels in kernels)
 
 
 def dump(data: Json) -> str:
