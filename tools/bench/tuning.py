@@ -165,7 +165,8 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
         stage = 128 * rule["block_m"] + 2048 * tile["num_warps"] + 32
         return tile["programs"] * (tile["num_stages"] * stage + 1024 * tile["num_warps"]) <= 227 << 10
     if kernels == "matvec":
-        # Of registers: of 255 a lane needs two for each 4 codes of a piece, which this one and the next one take.
+        # Of registers: each 4 codes of a piece take two of a lane's, for this piece and the next one. 128, of NVIDIA's
+        # 255 and 32 lanes; AMD GPUs would have room for more.
         rows = tile["block_n"] * (2 if part == "gemm1" else 1)
         return rows * tile["block_k"] <= 32 * tile["num_warps"] * 4 * 64
     return True
