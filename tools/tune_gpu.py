@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from bench import timing, tuning  # noqa: E402
-from bench.compiling import Task, compile_all, is_of  # noqa: E402
+from bench.compiling import Task, compile_all, is_of, settle_keys  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
 from bench.tuning import GEMMS, REST, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 from shapes import Row, rows  # noqa: E402
@@ -319,6 +319,7 @@ def work(args) -> int:
 
     from torch_mxfp8moe.backends import triton as backend
 
+    settle_keys()
     torch.manual_seed(0)
     stamp = stamp_of(args, triton.__version__, Path(backend.__file__).parent)
     journal = Journal(args.journal, stamp)

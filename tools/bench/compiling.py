@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -61,11 +62,28 @@ def is_of(launch, part: str) -> bool:
     return label(launch).split()[1:] == {"gemm1": ["w1"], "gemm2": ["w2"], tuning.REST: []}[part]
 
 
+def settle_keys() -> None:
+    """To be called before any kernel is used, here and in the processes that compile: Triton's key of a kernel in its
+    cache may depend on which others were met before that call the same functions (seen in 3.6), so all are met here, in
+    one order."""
+    from torch_mxfp8moe.backends.triton import gemm, matvec, memory, numerics, quantize, routing
+
+    modules = [numerics, memory, routing, gemm, matvec, quantize]
+    with suppress(ImportError):  # as in fused_moe
+        from torch_mxfp8moe.backends.triton import hopper
+
+        modules.append(hopper)
+    for module in modules:
+        for value in vars(module).values():
+            getattr(value, "cache_key", None)
+
+
 def _work(task: Task, cache: str, pipe) -> None:
     from torch_mxfp8moe.backends.triton.launch import compile_offline
     from torch_mxfp8moe.backends.triton.targets import Target
     from triton import knobs
 
+    settle_keys()
     knobs.cache.dir = cache  # this process's environment is that of the one it was forked from
     try:
         compile_offline(task.launches(), Target(task.arch))
