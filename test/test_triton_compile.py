@@ -116,7 +116,8 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
         if launch.kernel is grouped_gemm_kernel:
             arguments = launch.arguments
             try:
-                machine_code.check_gemm(code, arguments["SCALED"], arguments["DESCRIPTORS"], stack)
+                trips = -(-arguments["K"] // arguments["BLOCK_K"])
+                machine_code.check_gemm(code, arguments["SCALED"], arguments["DESCRIPTORS"], stack, trips)
             except AssertionError as error:
                 tile = {name: arguments[name] for name in ("GATE_UP", "BLOCK_M", "BLOCK_N", "BLOCK_K", "N", "K")}
                 raise AssertionError(f"{tile} {launch.options}: {error}") from None
