@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_mxfp8moe
 from helpers import E4M3, moe_inputs, only_cpu, run_python
 from shapes import rows
-from torch_mxfp8moe import dispatch
+from torch_mxfp8moe import configs, dispatch
 from torch_mxfp8moe.arguments import Dequantize, FusedMoe, Preshuffle, Quantize
 from torch_mxfp8moe.backends import registered
 from torch_mxfp8moe.backends import triton as backend
@@ -358,6 +358,35 @@ def test_the_host_reads_no_data(monkeypatch, arch):
         scale = torch.empty(2, 256, 8, device="meta", dtype=torch.uint8)
         dispatch.preshuffle(Preshuffle(weight, scale, "aiter_gfx950", True, 256).check())
         assert launched == ["quantize_kernel", "dequantize_kernel", *2 * ["preshuffle_kernel"]]
+
+
+@needs_triton
+def test_kernels_take_what_they_can_read():
+    """Weights of other layouts and at any address are for the plain kernel."""
+    from torch_mxfp8moe.backends.triton.fused_moe import admits
+
+    def taken(H=128, I=64, shifted=(), arch="sm_90", **options):  # noqa: E741
+        inputs = moe_inputs(T=1, H=H, I=I) | options
+        for name in shifted:
+            buffer = torch.empty(inputs[name].numel() + 16, dtype=inputs[name].dtype)
+            start = next(start for start in range(16) if buffer[start:].data_ptr() % 16 == 1)
+            inputs[name] = buffer[start : start + inputs[name].numel()].view(inputs[name].shape)
+        call = FusedMoe(**inputs).check()
+        rules = {tiles.kernels: tiles for tiles in configs.load("sm_90").tiles}
+        return [kernels for kernels, tiles in rules.items() if admits(call, Target(arch), tiles)]
+
+    assert taken() == ["matvec", "gemm", "hopper"]
+    assert taken(H=96) == taken(I=32) == taken(arch="sm_100") == ["matvec", "gemm"]
+    assert taken(shifted=["w1_scale"]) == ["matvec", "gemm"]
+    assert taken(shifted=["w1"]) == taken(shifted=["w2"]) == ["gemm"]
+    assert taken(H=256, I=128, layout="aiter_gfx950", **aiter_scales(256, 128)) == ["gemm"]
+
+
+def aiter_scales(H: int, I: int, E: int = 4) -> dict:  # noqa: E741
+    """Scales of the shapes that the layout has."""
+    shape = torch_mxfp8moe.LAYOUTS["aiter_gfx950"].scale_shape
+    sizes = dict(w1_scale=shape(E, 2 * I, H), w2_scale=shape(E, H, I))
+    return {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950"))

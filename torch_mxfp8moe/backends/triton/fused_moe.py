@@ -297,22 +297,17 @@ class _Sorted(_Part):
         )  # fmt: skip
 
 
-def warp_specialized(call: FusedMoe, target: Target) -> bool:
-    """Whether the kernel of :mod:`.hopper` takes the call: its steps are whole, and so are its copies' addresses."""
-    tensors = call.w1, call.w2, call.w1_scale, call.w2_scale
-    return (
-        target.capability == 90
-        and call.layout == "row_major"
-        and call.hidden % 64 == call.intermediate % 64 == 0
-        and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    )
-
-
 def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
-    """Whether the kernels that ``tiles`` are for take the call."""
-    if tiles.kernels == "hopper":
-        return warp_specialized(call, target)
-    return tiles.kernels == "gemm" or call.layout == "row_major"
+    """Whether the kernels that ``tiles`` are for take the call.
+
+    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole steps of 64 columns.
+    """
+    if tiles.kernels == "gemm":
+        return True
+    tensors = (call.w1, call.w2) + ((call.w1_scale, call.w2_scale) if tiles.kernels == "hopper" else ())
+    if call.layout != "row_major" or any(tensor.data_ptr() % 16 for tensor in tensors):
+        return False
+    return tiles.kernels == "matvec" or target.capability == 90 and call.hidden % 64 == call.intermediate % 64 == 0
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
