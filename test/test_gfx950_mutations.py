@@ -166,7 +166,7 @@ MUTATIONS = [
     Mutation("gemm1", r"v_pk_mul_f32", 0, r"op_sel_hi:\[\d", "op_sel:[1,0] op_sel_hi:[1"),
     Mutation("combine", r"v_(pk_)?fma", 0, r"$", " neg_lo:[1,0,0]"),
     Mutation("combine", r"s_cbranch", -1),
-    Mutation("dispatch", r"v_cmp_gt_i32", 0, "_gt_", "_le_"),
+    Mutation("dispatch", r"v_cmp_gt_i32", -1, "_gt_", "_le_"),  # the first are for mantissas longer than its bf16's
 ]
 
 

@@ -55,6 +55,7 @@ class Row:
 
     kernels: int = 0
     tests: int = 0
+    skipped: int = 0
     failures: int = 0
     seconds: float = 0.0
 
@@ -73,10 +74,11 @@ def run(triton: Path, scope: str, tests: tuple[str, ...] = ()) -> tuple[dict[str
         )  # fmt: skip
         rows = defaultdict(Row)
         for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-            if case.find("skipped") is not None:
-                continue
             properties = {p.get("name"): p.get("value") for p in case.iter("property")}
             row = rows[properties.get("target", "-")]
+            if case.find("skipped") is not None:
+                row.skipped += 1
+                continue
             row.kernels += int(properties.get("kernels", 0))
             row.tests += 1
             row.failures += case.find("failure") is not None or case.find("error") is not None
@@ -94,7 +96,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the versions are (default: build/triton)")
     args = parser.parse_args()
     failed = []
-    print(f"{'triton':<8} {'target':<7} {'kernels':>7} {'tests':>6} {'failures':>8} {'seconds':>8}", flush=True)
+    print(
+        f"{'triton':<8} {'target':<7} {'kernels':>7} {'tests':>6} {'skipped':>7} {'failures':>8} {'seconds':>8}",
+        flush=True,
+    )
     for version in args.versions:
         start = time.perf_counter()
         try:
@@ -105,10 +110,13 @@ def main() -> None:
             continue
         for target, row in sorted(rows.items()):
             print(
-                f"{version:<8} {target:<7} {row.kernels:>7} {row.tests:>6} {row.failures:>8} {row.seconds:>8.1f}",
+                f"{version:<8} {target:<7} {row.kernels:>7} {row.tests:>6} {row.skipped:>7} "
+                f"{row.failures:>8} {row.seconds:>8.1f}",
                 flush=True,
             )
-        print(f"{version:<8} {'all':<7} {'':>7} {'':>6} {'':>8} {time.perf_counter() - start:>8.1f}", flush=True)
+        print(
+            f"{version:<8} {'all':<7} {'':>7} {'':>6} {'':>7} {'':>8} {time.perf_counter() - start:>8.1f}", flush=True
+        )
         if any(row.failures for row in rows.values()):
             failed.append(f"\n== triton {version}\n{output}")
     sys.exit("\n".join(failed) or 0)
