@@ -49,3 +49,11 @@ def kinds():
     from torch_mxfp8moe import arguments
 
     arguments._kinds.clear()
+
+
+@pytest.fixture
+def tiles(request, monkeypatch):
+    """The tiles that are its parameter, for every call."""
+    from torch_mxfp8moe import configs
+
+    monkeypatch.setattr(configs, "choose", lambda *args, **kwargs: request.param)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from forced_tiles import CASES, assert_like_the_reference
 from gpu import needs_gpu, on_gpu
-from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes, same_bytes
-from torch_mxfp8moe import configs, reference
+from helpers import assert_equal, random_bytes
+from torch_mxfp8moe import reference
 from torch_mxfp8moe.configs import Gemm, Tiles
 
 pytestmark = [
@@ -31,43 +32,20 @@ TILES = {
         (16, (8, 3, 2), (4, 5, 4)),
     )
 }
-CASES = {
-    "plain": (dict(), dict()),
-    "bf16 activations": (dict(), dict(activation_dtype="bf16")),
-    "fp32": (dict(dtype=torch.float32, weight_dtype=torch.bfloat16), dict()),
-    "MXFP8 input": (dict(scaled=True), dict(out_dtype=torch.float32)),
-    "biases and limits": (
-        dict(bias_dtype=torch.float32), dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.5)
-    ),
-    "router weight on the input": (dict(K=1, bias_dtype=torch.bfloat16), dict(apply_router_weight_on_input=True)),
-    "expert map": (dict(G=9, id_dtype=torch.int64), dict()),
+CASES = CASES | {
     "smallest": (dict(H=64, I=64, E=1, K=1), dict()),
     "steps of all kinds": (dict(H=320, I=192), dict()),
     "several words of scale bytes": (dict(H=1280, I=768), dict()),
-}  # fmt: skip
+}
 
 
-@pytest.fixture
-def tiles(request, monkeypatch):
-    """These for every call."""
-    monkeypatch.setattr(configs, "choose", lambda *args, **kwargs: TILES[request.param])
-    return TILES[request.param]
-
-
-@pytest.mark.parametrize("tiles", TILES, indirect=True)
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_like_the_reference(case, tiles):
     """Every element, for experts with few and many tokens; the same bits each time."""
     sizes, options = CASES[case]
     for T in (1, 7, 70, 300):
-        inputs = on_gpu(moe_inputs(**dict(T=T, H=512, I=256, E=5, K=2) | sizes, seed=T))
-        if "G" in sizes:
-            entries = torch.tensor([3, -1, 0, 4, 7, 1, -5, -1, 2], dtype=torch.int32, device="cuda")
-            inputs |= dict(expert_map=entries, num_tokens=torch.tensor(T - T // 5, dtype=torch.int32, device="cuda"))
-        got = OPS.fused_moe(**inputs, **options, backend="triton")
-        assert_agrees(got, reference.fused_moe(**inputs, **options))
-        for _ in range(3):
-            assert same_bytes(got, OPS.fused_moe(**inputs, **options, backend="triton"))
+        assert_like_the_reference(dict(T=T, H=512, I=256, E=5, K=2) | sizes, options, repeats=3, to=on_gpu)
 
 
 @pytest.mark.parametrize("stages", (3, 4))

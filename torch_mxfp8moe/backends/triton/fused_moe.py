@@ -216,20 +216,19 @@ class _Sorted(_Part):
         halves = 2 if gate_up else 1
         n = rows // halves
         count = self.tiles_bound * triton.cdiv(n, tile.block_n)
+        weights = self._weights(name)
+        weights["w"] = Descriptor(
+            weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
+            (1, halves, tile.block_n, tile.block_k), swizzle=64,
+        )  # fmt: skip
         threads = 32 * (tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
         return Launch(
             warpgroup_gemm_kernel,
             (min(count, tile.programs * multiprocessors(self.call.device)),),
             dict(
                 x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, tile.block_k), swizzle=128),
-                w=Descriptor(
-                    self._given(name, codes=True), (experts, halves, n, columns),
-                    (rows * columns, n * columns, columns, 1), (1, halves, tile.block_n, tile.block_k),
-                    swizzle=64,
-                ),
-                w_scale=self._given(f"{name}_scale", codes=True), bias=self._if_given(f"{name}_bias"),
-                out=self.inner if gate_up else self.terms, count=count, **self._ending(gate_up), K=columns, N=n,
-                BLOCK_M=self.tiles.block_m, STAGES=tile.num_stages,
+                **weights, out=self.inner if gate_up else self.terms, count=count, **self._ending(gate_up),
+                K=columns, N=n, BLOCK_M=self.tiles.block_m, STAGES=tile.num_stages,
             ),
             dict(num_warps=tile.num_warps, maxnreg=2**16 // (tile.programs * threads) // 8 * 8, **tile.options),
         )  # fmt: skip
@@ -242,14 +241,14 @@ class _Sorted(_Part):
         n = rows // halves
         block_k = min(tile.block_k, triton.next_power_of_2(columns))
         out, out_scale = (self.inner, self.inner_scale) if gate_up else (self.terms, None)
-        w = self._given(name, codes=True)
+        weights = self._weights(name)
         descriptors = tile.descriptors and self.target.descriptors and call.layout == "row_major" and not self.scaled
         descriptors = descriptors and weight.data_ptr() % 16 == 0
-        x_from, w_from = x, w
+        x_from = x
         if descriptors:
             x_from = Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, block_k))
-            w_from = Descriptor(
-                w, (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
+            weights["w"] = Descriptor(
+                weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
                 (1, halves, tile.block_n, block_k),
             )  # fmt: skip
         # On AMD GPUs a wave's 64 lanes hold the rows of an operand (that many) several times, each with other blocks.
@@ -268,8 +267,7 @@ class _Sorted(_Part):
             grouped_gemm_kernel,
             (self.tiles_bound * triton.cdiv(n, block_n),),
             dict(
-                x=x_from, x_scale=x_scale, w=w_from, w_scale=self._given(f"{name}_scale", codes=True),
-                bias=self._if_given(f"{name}_bias"), out=out, out_scale=out_scale,
+                x=x_from, x_scale=x_scale, **weights, out=out, out_scale=out_scale,
                 **self._ending(gate_up), K=columns, N=n,
                 **order("", layout.weight[gate_up], (experts, rows, columns)),
                 **order("SCALE_", layout.scale[gate_up], scale_shape),
