@@ -57,3 +57,4 @@ def tiles(request, monkeypatch):
     from torch_mxfp8moe import configs
 
     monkeypatch.setattr(configs, "choose", lambda *args, **kwargs: request.param)
+    return request.param

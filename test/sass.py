@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-STEP = 2 * [0, 2, 4, 6]
-"""Where a step's right operands begin, for each of its two products: 16 columns of bf16 apart, in 16 bytes."""
+STEP = [0, 2, 4, 6]
+"""Where a step's right operands begin, for one of its two products: 16 columns of bf16 apart, in 16 bytes."""
 
 WALKS = 100
 """At least, and ten times as many at most, if some of a product's instructions are met by few."""
@@ -181,8 +181,10 @@ def walk(code: list[Instruction], labels: dict[str, int], choose: random.Random)
             execute(instruction, registers)
 
 
-def check_right_operands(text: str) -> None:
-    """Each step of a product's listing, on every path that is tried, takes the right operands that it should."""
+def check_right_operands(text: str, apart: int = 0) -> None:
+    """Each step of a product's listing, on every path that is tried, takes the right operands that it should; those of
+    the second product begin ``apart`` bytes after those of the first."""
+    step = STEP + [begin + apart // 16 for begin in STEP]
     code, labels = parse(text)
     missed, choose = {line.address for line in code if line.name.startswith("HGMMA")}, random.Random(0)
     assert missed
@@ -190,10 +192,10 @@ def check_right_operands(text: str) -> None:
         if number >= WALKS and not missed:
             return
         met = list(walk(code, labels, choose))
-        for i in range(0, len(met) - len(STEP) + 1, len(STEP)):
-            addresses, low, high = zip(*met[i : i + len(STEP)])
+        for i in range(0, len(met) - len(step) + 1, len(step)):
+            addresses, low, high = zip(*met[i : i + len(step)])
             begin = [number - low[0] & MASK for number in low]
-            assert begin == STEP and len(set(high)) == 1, (
+            assert begin == step and len(set(high)) == 1, (
                 f"the operands at {', '.join(f'{address:#x}' for address in addresses)} are {begin} from the first one"
             )
             missed -= set(addresses)

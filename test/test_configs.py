@@ -179,11 +179,11 @@ def test_rules_with_programs_that_do_not_fit():
     )
     assert_expected_inline(
         said(with_programs(30) | {"gemm2": GEMM}, LAST),
-        """file.json, rule 0: with programs in one gemm they are in both, and block_m is 16 to 128""",
+        """file.json, rule 0: with programs in one gemm they are in both, and block_m is 8 to 128""",
     )
     assert_expected_inline(
         said(with_programs(30, 256), LAST),
-        """file.json, rule 0: with programs in one gemm they are in both, and block_m is 16 to 128""",
+        """file.json, rule 0: with programs in one gemm they are in both, and block_m is 8 to 128""",
     )
     assert_expected_inline(
         said(with_programs(30, programs=9), LAST), """file.json, rule 0, gemm1: programs is 9; it takes 0 to 8"""
@@ -193,10 +193,11 @@ def test_rules_with_programs_that_do_not_fit():
         """file.json, rule 0, gemm1: num_stages is 1; with programs it takes 2 to 8""",
     )
     assert_expected_inline(
-        said(with_programs(30, block_k=128), LAST),
+        said(with_programs(30, block_k=32), LAST),
         """\
-file.json, rule 0, gemm1: num_warps, block_n and block_k are (4, 64, 128); \
-with programs it takes [(4, 64, 64), (8, 128, 64)]""",
+file.json, rule 0, gemm1: num_warps, block_n and block_k are (4, 64, 32); \
+with programs it takes [(4, 64, 64), (4, 64, 128), (4, 64, 256), (8, 128, 64), (8, 128, 128), (8, 128, 256), \
+(4, 32, 128), (4, 32, 256)]""",
     )
 
 
@@ -240,7 +241,9 @@ def test_tiles_that_no_kernel_has():
     ):
         assert wrong(lambda data: data["tiles"][0]["gemm1"].update({name: value})) == message
     said = wrong(lambda data: data["tiles"][1].update(block_m=8))
-    assert said == "file.json, rule 1: block_m is 8; it takes 1 or a power of two from 16 to 256"
+    assert said == "file.json, rule 1: block_m is 8; without programs it takes 1 or a power of two from 16 to 256"
+    said = wrong(lambda data: data["tiles"][1].update(block_m=4))
+    assert said == "file.json, rule 1: block_m is 4; it takes 1 or a power of two from 8 to 256"
     said = wrong(lambda data: data["tiles"].insert(0, BY_ROUTE | {"gemm2": VECTOR | {"num_stages": 2}}))
     assert said == "file.json, rule 0, gemm2: num_stages is 2; it takes 1 to 1"
     said = wrong(lambda data: data["tiles"].insert(0, BY_ROUTE | {"gemm1": VECTOR | {"block_n": 1}}))

@@ -131,7 +131,7 @@ def _run(assembly: str, inputs: list[torch.Tensor], outputs: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("block", (0, 1))
-@pytest.mark.parametrize("count", (4, 8))
+@pytest.mark.parametrize("count", (2, 4, 8))
 def test_scale_bytes(count, block):
     """Every pair of bytes in every register, with bytes of the other block that do not matter, as bf16."""
     hopper = pytest.importorskip("torch_mxfp8moe.backends.triton.hopper", reason="needs Triton: pip install triton")

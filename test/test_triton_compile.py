@@ -30,7 +30,7 @@ import sass  # noqa: E402
 from gfx950_simulator import assembly, code_object  # noqa: E402
 from test_gpu_hopper import TILES  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import admits, plan  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import FEW_ROUTES, admits, plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import BUFFER_OFFSETS_WRAP, compile_offline  # noqa: E402
@@ -89,7 +89,8 @@ KERNELS = {
 def launches(call: FusedMoe, arch: str, tiles: Tiles) -> list:
     """Those of a layer."""
     parts = plan(call, Target(arch), tiles).bind(call.inputs | {"out": call.out}, call.device)
-    assert [part.kernel for part in parts] == KERNELS[tiles.kernels]
+    few = call.tokens * call.topk <= FEW_ROUTES and not arch.startswith("gfx")
+    assert [part.kernel for part in parts] == [k for k in KERNELS[tiles.kernels] if not (few and k is route_kernel)]
     return parts
 
 
@@ -123,7 +124,10 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
                 raise AssertionError(f"{tile} {launch.options}: {error}") from None
         elif launch.kernel is warpgroup_gemm_kernel:
             machine_code.check_gemm(code, scaled=False, descriptors=True)
-            sass.check_right_operands(sass.disassemble(kernel.asm["cubin"]))
+            arguments = launch.arguments
+            halved = arguments["BLOCK_N"] * (1 + arguments["GATE_UP"]) == 16 * launch.options["num_warps"]
+            apart = 128 * arguments["BLOCK_M"] if halved else 0  # the next 64 columns' activations
+            sass.check_right_operands(sass.disassemble(kernel.asm["cubin"]), apart)
             programs = (1 << 16) // (launch.options["maxnreg"] * 32 * code.warps)
             assert programs * code.shared <= machine_code.SHARED[arch], f"{programs} do not fit: {code.summary}"
         else:  # down_kernel may keep a word or two, stored before its loop, for after it
@@ -192,7 +196,9 @@ def test_products_of_listed_shapes(arch, record_property):
 def test_tiles_of_the_gpu_tests(tiles, sizes, record_property):
     """sm_90, one warp loads: with tiles and K of all kinds, the latter from one step on."""
     H, I = sizes
-    compiled(launches(moe(H, I, 5, 2), "sm_90", TILES[tiles])[2:4], "sm_90", record_property)
+    if H % TILES[tiles].columns or I % TILES[tiles].columns:
+        pytest.skip(f"the tile takes H and I that are multiples of {TILES[tiles].columns}")
+    compiled(products(moe(H, I, 5, 2), "sm_90", TILES[tiles]), "sm_90", record_property)
 
 
 ARGUMENTS = (
@@ -233,10 +239,12 @@ def test_routing_of_all_dtypes(arch, shape, record_property):
         for tiles in configs.load(arch, activation_dtype).tiles:
             if tiles.kernels == "matvec":
                 continue
-            parts += launches(moe(**SHAPES[shape], activation_dtype=activation_dtype, **x), arch, tiles)[1:2]
+            for T in (8, 1024):
+                layer = launches(moe(**SHAPES[shape], T=T, activation_dtype=activation_dtype, **x), arch, tiles)
+                parts += [launch for launch in layer if launch.kernel is dispatch_kernel]
     for weight_dtype, out_dtype in product(weights, FLOATS):
         call = moe(**SHAPES[shape], weight_dtype=weight_dtype, out_dtype=out_dtype)
-        parts += launches(call, arch, configs.load(arch).tiles[-1])[4:]
+        parts += launches(call, arch, configs.load(arch).tiles[-1])[-1:]
     compiled(parts, arch, record_property)
 
 
@@ -312,4 +320,4 @@ def test_the_checks_see_bad_tiles(arch, dtype, tiles, complaint, record_property
     """What compilers do silently with tiles that are not shipped."""
     call = moe(**SHAPES[GPT_OSS], activation_dtype=dtype)
     with pytest.raises(AssertionError, match=complaint):
-        compiled(launches(call, arch, tiles)[2:3], arch, record_property)
+        compiled(products(call, arch, tiles)[:1], arch, record_property)

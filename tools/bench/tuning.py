@@ -49,10 +49,10 @@ SPACES = {
             },
         },
         "hopper": {
-            "rule": {"block_m": (16, 32, 64, 128)},
-            "both": {"num_stages": (2, 3, 4, 5, 6, 7, 8), "programs": (1, 2, 3)},
-            "gemm1": {"width": ({"num_warps": 4, "block_n": 64}, {"num_warps": 8, "block_n": 128})},
-            "gemm2": {"width": ({"num_warps": 4, "block_n": 128}, {"num_warps": 8, "block_n": 256})},
+            "rule": {"block_m": (8, 16, 32, 64, 128)},
+            "both": {"block_k": (64, 128, 256), "num_stages": (2, 3, 4, 5, 6, 7, 8), "programs": (1, 2, 3)},
+            "gemm1": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 32), (4, 64), (8, 128)))},
+            "gemm2": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 64), (4, 128), (8, 256)))},
         },
         "matvec": _MATVEC,
     },
@@ -161,8 +161,11 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
     if part == REST:
         return True
     if kernels == "hopper":
+        rows = tile["block_n"] * (2 if part == "gemm1" else 1)
+        if rows == 16 * tile["num_warps"] and tile["block_k"] == 64:
+            return False  # a halved tile takes two steps at a time
         # Of shared memory: a ring of activations (bf16), weights and barriers; 1 KiB a warp for what the ending turns.
-        stage = 128 * rule["block_m"] + 2048 * tile["num_warps"] + 32
+        stage = tile["block_k"] * (2 * rule["block_m"] + rows) + 64
         return tile["programs"] * (tile["num_stages"] * stage + 1024 * tile["num_warps"]) <= 227 << 10
     if kernels == "matvec":
         # Of registers: each 4 codes of a piece take two of a lane's, for this piece and the next one. 128, of NVIDIA's

@@ -44,7 +44,9 @@ class Gemm:
     """Load through tensor descriptors (TMA)."""
     programs: int = 0
     """Not 0: of the warp-specialized kernel, of which a multiprocessor runs that many programs at a time. num_warps,
-    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, block_k 64."""
+    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, and block_k, the columns of a
+    stage, 64, 128 or 256, of which a call takes no more than divide all its columns. Or the tile is halved: with 4
+    warps block_n is 32 (w1) or 64 (w2), and block_k not 64."""
     options: dict = field(default_factory=dict, hash=False)
 
 
@@ -62,6 +64,15 @@ class Tiles:
     def kernels(self) -> str:
         """Which ones they are for: "matvec", "hopper", or those for every call, "gemm"."""
         return "matvec" if self.block_m == 1 else "hopper" if self.gemm1.programs else "gemm"
+
+    @property
+    def columns(self) -> int:
+        """Of "hopper": what H and I must be multiples of."""
+        halved = (self.gemm1.block_n, self.gemm1.num_warps) == (32, 4) or (
+            self.gemm2.block_n,
+            self.gemm2.num_warps,
+        ) == (64, 4)
+        return 128 if halved else 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,8 @@ def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
         raise ValueError(f"{where}: programs is {tile.programs!r}; it takes 0 to 8")
     if tile.programs:
         sizes = tile.num_warps, tile.block_n, tile.block_k
-        takes = [(warps, rows_a_warp * warps, 64) for warps in (4, 8)]
+        takes = [(warps, rows_a_warp * warps, k) for warps in (4, 8) for k in (64, 128, 256)]
+        takes += [(4, 2 * rows_a_warp, k) for k in (128, 256)]  # halved
         if sizes not in takes:
             raise ValueError(f"{where}: num_warps, block_n and block_k are {sizes}; with programs it takes {takes}")
         if tile.num_stages < 2:  # a stage is given back when the next one is at work
@@ -113,12 +125,14 @@ def rule(where: str, data: dict) -> Tiles:
     if set(data) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
         raise ValueError(f"{where}: has the keys {sorted(data)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
     block_m = data["block_m"]
-    if type(block_m) is not int or block_m not in (1, 16, 32, 64, 128, 256):
-        raise ValueError(f"{where}: block_m is {block_m!r}; it takes 1 or a power of two from 16 to 256")
+    if type(block_m) is not int or block_m not in (1, 8, 16, 32, 64, 128, 256):
+        raise ValueError(f"{where}: block_m is {block_m!r}; it takes 1 or a power of two from 8 to 256")
     gemm1 = _gemm(f"{where}, gemm1", data["gemm1"], 16, block_m)
     gemm2 = _gemm(f"{where}, gemm2", data["gemm2"], 32, block_m)
-    if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 16 <= block_m <= 128:
-        raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 16 to 128")
+    if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 8 <= block_m <= 128:
+        raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 8 to 128")
+    if block_m == 8 and not gemm1.programs:
+        raise ValueError(f"{where}: block_m is 8; without programs it takes 1 or a power of two from 16 to 256")
     return Tiles(data["rows_per_expert"], block_m, gemm1, gemm2)
 
 

@@ -15,12 +15,13 @@ from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, WORKSPACE, Descriptor, Launc
 from .matvec import down_kernel, gate_up_kernel
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
-from .targets import Target, multiprocessors
+from .targets import HIP_ARCHITECTURES, Target, multiprocessors
 
 LARGEST_WORKSPACE = 1 << 30
 """Bytes of intermediates, about, beyond which a call takes its tokens in parts."""
 
 FEW_ROUTES = 1024
+"""Whose slots each program of the dispatch kernel finds by itself."""
 ROUTES_PER_STEP = 4096
 BLOCKS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 1024
@@ -138,6 +139,8 @@ class _Sorted(_Part):
 
     def __init__(self, call: FusedMoe, target: Target, tiles: Tiles, first: int, tokens: int):
         super().__init__(call, target, tiles, first, tokens)
+        self.few = self.routes <= FEW_ROUTES and target.arch not in HIP_ARCHITECTURES
+        """Whether no kernel before the dispatch kernel gives routes their slots."""
         self.scaled = target.scaled and call.activation_dtype == "mxfp8"
         self.tiles_bound = tiles_bound(self.routes, call.experts, tiles.block_m)
         self.specialized = tiles.kernels == "hopper"
@@ -161,11 +164,12 @@ class _Sorted(_Part):
         self.sorted_routes = self._scratch(torch.int32, self.routes)
         self.offsets = self._scratch(torch.int32, call.experts + 1)
         self.tile_list = self._scratch(torch.int32, self.tiles_bound, 2)
+        self.counters = self._scratch(torch.int32, 2, 2) if self.specialized else None
 
     def launches(self) -> list[Launch]:
         gemm = self._specialized_gemm if self.specialized else self._gemm
         return [
-            self._route(),
+            *([] if self.few else [self._route()]),
             self._dispatch(),
             gemm(self.tiles.gemm1, self.rows, self.rows_scale, "w1", True),
             gemm(self.tiles.gemm2, self.inner, self.inner_scale, "w2", False),
@@ -190,11 +194,13 @@ class _Sorted(_Part):
         return Launch(
             dispatch_kernel,
             (call.experts + self.tokens * parts,),
-            self._hidden_states()
+            self._hidden_states() | self._routing()
             | dict(
-                slots=self.slots, offsets=self.offsets, rows=self.rows, rows_scale=self.rows_scale,
-                tiles=self.tile_list, tiles_bound=self.tiles_bound,
-                H=call.hidden, EXPERTS=call.experts, EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK=call.topk,
+                slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
+                rows=self.rows, rows_scale=self.rows_scale,
+                tiles=self.tile_list, tiles_bound=self.tiles_bound, counters=self.counters, H=call.hidden,
+                EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK_POW2=triton.next_power_of_2(call.topk),
+                ROUTES=max(32, triton.next_power_of_2(self.routes)) if self.few else 0,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
                 NATIVE_E4M3=self.target.native_e4m3 and self.target.capability > 0,  # gfx950: as it was executed
                 N=BLOCKS_PER_PROGRAM,
@@ -216,19 +222,22 @@ class _Sorted(_Part):
         halves = 2 if gate_up else 1
         n = rows // halves
         count = self.tiles_bound * triton.cdiv(n, tile.block_n)
+        block_k = math.gcd(tile.block_k, columns)
+        box = min(block_k, 128)
         weights = self._weights(name)
         weights["w"] = Descriptor(
             weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
-            (1, halves, tile.block_n, tile.block_k), swizzle=64,
+            (1, halves, tile.block_n, box), swizzle=box,
         )  # fmt: skip
         threads = 32 * (tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
         return Launch(
             warpgroup_gemm_kernel,
             (min(count, tile.programs * multiprocessors(self.call.device)),),
             dict(
-                x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, tile.block_k), swizzle=128),
-                **weights, out=self.inner if gate_up else self.terms, count=count, **self._ending(gate_up),
-                K=columns, N=n, BLOCK_M=self.tiles.block_m, STAGES=tile.num_stages,
+                x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
+                **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
+                **self._ending(gate_up), K=columns, N=n,
+                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=block_k, STAGES=tile.num_stages,
             ),
             dict(num_warps=tile.num_warps, maxnreg=2**16 // (tile.programs * threads) // 8 * 8, **tile.options),
         )  # fmt: skip
@@ -298,14 +307,17 @@ class _Sorted(_Part):
 def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
     """Whether the kernels that ``tiles`` are for take the call.
 
-    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole steps of 64 columns.
+    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole steps of 64 columns, two of
+    them at a time where a tile is halved.
     """
     if tiles.kernels == "gemm":
         return True
     tensors = (call.w1, call.w2) + ((call.w1_scale, call.w2_scale) if tiles.kernels == "hopper" else ())
     if call.layout != "row_major" or any(tensor.data_ptr() % 16 for tensor in tensors):
         return False
-    return tiles.kernels == "matvec" or target.capability == 90 and call.hidden % 64 == call.intermediate % 64 == 0
+    if tiles.kernels == "matvec":
+        return True
+    return target.capability == 90 and call.hidden % tiles.columns == call.intermediate % tiles.columns == 0
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:

@@ -3,12 +3,14 @@
 The same product as :mod:`.gemm`'s ``upcast``, with the same operands and results, written in Gluon, where Triton leaves
 the order of things to us. What it does beyond the plain kernel:
 
-- A loader warp keeps a ring of tiles full by TMA, so that no other warp waits for an address or a barrier of the block.
+- A loader warp keeps a ring of stages full by TMA, so that no other warp waits for an address or a barrier of the
+  block. It takes tiles from a counter, since multiprocessors are not equally fast, and tells the other warps of them.
 - A warpgroup has two products of 64 weight rows under way. While the matrix unit works on one, the other's weights
   become bf16 in registers, in five instructions a pair, from codes that a lane reads 16 at a time.
 - A lane's 16 codes are neighbours in memory, which the matrix instruction's operand is not: the product runs over K in
   another order within each 64, ``PRODUCT_ORDER``, in which the activations are stored.
 - The rest of an expert that fills at most half a tile takes a product of half the width.
+- Few rows of an expert take a tile of half as many weight rows: its two products are those of every other step.
 """
 
 import triton.language as tl
@@ -28,22 +30,35 @@ from .numerics import BLOCK, HELD_TIMES, factor, scale_byte
 
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.7
 
-COLUMNS = tl.constexpr(64)
-"""Of K in a stage."""
+STEP = tl.constexpr(64)
+"""Columns that are multiplied at a time."""
+
+BOX = tl.constexpr(128)
+"""The most columns of codes that a copy takes: as many as a swizzle has bytes. Copies of one stage follow each other at
+once, so that memory is read in longer pieces."""
+
+
+GATE_AND_UP = (3, 2, 5, 1, 4, 0)
+"""PRODUCT_ORDER of 32 gate rows and 32 up rows, but that a lane has both (bit 5) of a column."""
 
 
 @constexpr_function
-def _row_steps(rows, permuted):
+def _row_order(gate_up, halved):
+    """In which order the matrix instruction takes 64 weight rows, written as PRODUCT_ORDER is."""
+    return (5, 4, 3, 2, 1, 0) if not gate_up else GATE_AND_UP if halved else PRODUCT_ORDER
+
+
+@constexpr_function
+def _row_steps(rows, order):
     """How far apart in the weight those rows of a tile are whose positions differ in bit 0, 1, ..."""
-    within = [1 << (PRODUCT_ORDER[5 - bit] if permuted else bit) for bit in range(6)]
-    return within + [1 << bit for bit in range(6, rows.bit_length() - 1)]
+    return [1 << order[5 - bit] for bit in range(6)] + [1 << bit for bit in range(6, rows.bit_length() - 1)]
 
 
 @constexpr_function
-def _blocks_layout(rows, permuted):
+def _blocks_layout(rows, order):
     """[rows, 2, 32], rows by MXFP8 blocks: what a lane must hold of a tile of codes, for the matrix instruction's left
-    operand, if K is in product order; ``permuted``: and rows as well."""
-    row = [[step, 0, 0] for step in _row_steps(rows, permuted)]
+    operand, if K is in product order and rows are in ``order``."""
+    row = [[step, 0, 0] for step in _row_steps(rows, order)]
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], row[3]],
         lane_bases=[[0, 0, 16], [0, 1, 0], *row[:3]],
@@ -54,15 +69,15 @@ def _blocks_layout(rows, permuted):
 
 
 @constexpr_function
-def _codes_layout(rows, permuted):
-    """The same of [rows, 64]."""
-    row = [[step, 0] for step in _row_steps(rows, permuted)]
+def _codes_layout(rows, columns, order):
+    """The same of [rows, 64], or of two of them side by side."""
+    row = [[step, 0] for step in _row_steps(rows, order)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], row[3]],
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], row[3], *([[0, 64]] if columns == 128 else [])],
         lane_bases=[[0, 16], [0, 32], *row[:3]],
         warp_bases=row[4:],
         block_bases=[],
-        shape=[rows, 64],
+        shape=[rows, columns],
     )
 
 
@@ -141,14 +156,25 @@ def scale_assembly(count: int) -> str:
 
 
 assert HELD_TIMES.value == 8  # which the numbers above are made for
-_SCALES = gl.constexpr({count: scale_assembly(count) for count in (4, 8)})
+_SCALES = gl.constexpr({count: scale_assembly(count) for count in (2, 4, 8)})
 
 
 @gluon.jit
-def _scale_values(word0, word1, selector, STEPS: gl.constexpr):
+def _scale_values(word0, word1, selector, STEPS: gl.constexpr, HALVED: gl.constexpr):
     """Words of scale bytes of STEPS steps, [rows, 2] for each product, -> what ``_upcast`` takes for two steps at a
-    time: of the first product and then of the second."""
-    if STEPS == 4:
+    time: of the first product and then of the second. HALVED: both have the same rows."""
+    if HALVED and STEPS == 4:
+        return gl.inline_asm_elementwise(
+            _SCALES[4], "=&r," * 4 + "r," * 5 + "r",
+            [word0.to(gl.int32), (word0 >> 32).to(gl.int32), selector],
+            dtype=(gl.int32, gl.int32), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif HALVED:
+        values = gl.inline_asm_elementwise(
+            _SCALES[2], "=&r," * 2 + "r," * 3 + "r", [word0, selector], dtype=gl.int32, is_pure=True, pack=2
+        )  # fmt: skip
+        return (values, values)
+    elif STEPS == 4:
         return gl.inline_asm_elementwise(
             _SCALES[8], "=&r," * 8 + "r," * 9 + "r",
             [word0.to(gl.int32), (word0 >> 32).to(gl.int32), word1.to(gl.int32), (word1 >> 32).to(gl.int32), selector],
@@ -162,21 +188,24 @@ def _scale_values(word0, word1, selector, STEPS: gl.constexpr):
 
 
 @gluon.jit
-def _upcast(codes, scale, HALF: gl.constexpr, PERMUTED: gl.constexpr, LAYOUT: gl.constexpr):
+def _upcast(codes, scale, HALF: gl.constexpr, ORDER: gl.constexpr, LAYOUT: gl.constexpr):
     """Codes [rows, 64], scales [rows, 2] in one half of int32 -> their values, divided by HELD_TIMES, in bf16,
-    [rows, 64] with K, and rows if PERMUTED, in product order."""
+    [rows, 64] with K in product order, and rows in ORDER."""
     rows: gl.constexpr = codes.shape[0]
     codes = gl.reshape(codes, (rows, 2, 32))
-    codes = gl.convert_layout(codes, _blocks_layout(rows, PERMUTED), assert_trivial=True)
+    codes = gl.convert_layout(codes, _blocks_layout(rows, ORDER), assert_trivial=True)
     codes, scale = gl.broadcast(codes, gl.expand_dims(scale, 2))
     value = gl.inline_asm_elementwise(
         _UPCAST[HALF], "=r,=r,r,r,r,r,r", [codes, scale], dtype=gl.bfloat16, is_pure=True, pack=4
     )  # fmt: skip
-    if PERMUTED:
-        value = gl.reshape(value, (rows // 64, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2))
-        value = gl.permute(value, (0, 3, 4, 5, 1, 2, 6, 9, 10, 11, 7, 8, 12))
-    else:
-        value = gl.permute(gl.reshape(value, (rows, 2, 2, 2, 2, 2, 2)), (0, 3, 4, 5, 1, 2, 6))
+    value = gl.reshape(value, (rows // 64, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2))
+    value = gl.permute(
+        value,
+        (
+            0, 6 - ORDER[0], 6 - ORDER[1], 6 - ORDER[2], 6 - ORDER[3], 6 - ORDER[4], 6 - ORDER[5],
+            9, 10, 11, 7, 8, 12,
+        ),
+    )  # fmt: skip
     return gl.convert_layout(gl.reshape(value, (rows, 64)), LAYOUT, assert_trivial=True)
 
 
@@ -190,25 +219,81 @@ _PREFETCH = gl.constexpr(
 )
 """Bytes from an address on to the L2 cache, both multiples of 16."""
 
+_TAKE = gl.constexpr(
+    """{
+    .reg .pred one;
+    .reg .b32 lane;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 one, lane, 0;
+    mov.b32 $0, 0;
+    @one atom.global.relaxed.gpu.add.u32 $0, [$1], 1;
+    }"""
+)
+_GIVE = gl.constexpr("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;")
+"""A number from a counter, which counts on: in the first lane of a warp, and then in all of them."""
+
+_FINISH = gl.constexpr(
+    """{
+    .reg .pred one, last;
+    .reg .b32 lane, before;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 one, lane, 0;
+    mov.b32 before, 0;
+    @one atom.global.acq_rel.gpu.inc.u32 before, [$1+4], $2;
+    setp.eq.and.u32 last, before, $2, one;
+    @last st.global.u32 [$1], 0;
+    mov.b32 $0, 0;
+    }"""
+)
+"""The last program that comes by, whose number is the last one's, sets the counter to 0; so is then the one after it,
+in which programs were counted."""
+
+
+@gluon.jit
+def _put(ring, stage, value):
+    """A number to tell the other warps, from the loader."""
+    ring.index(stage).store(gl.full([1], value, ring.dtype, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _get(ring, stage):
+    """A number from the loader."""
+    return gl.max(ring.index(stage).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
+
 
 @gluon.jit
 def _load(
-    x, w, w_scale, ring, tiles, count,
-    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr, STAGES: gl.constexpr,
-    BYTES: gl.constexpr,
+    x, w, w_scale, ring, work, tiles, counters, count,
+    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, HALVES: gl.constexpr,
+    STAGES: gl.constexpr, BYTES: gl.constexpr,
 ):  # fmt: skip
-    """The loader: for each tile of this program, the operands of all its stages. The other warps read scale bytes
-    themselves, for the first steps without anything to do meanwhile: these are sent for as well."""
+    """The loader: for each tile of this program, the operands of all its stages, and with them which tile it is; a last
+    stage says that there is no other. The other warps read scale bytes themselves, for the first steps without
+    anything to do meanwhile: these are sent for as well.
+
+    A program's first tile is the one of its number. The next is taken when one is nearly loaded: no sooner, for the
+    last ones to go to whoever is first, and no later, for it to be known in time."""
     x_ring, w_ring, full, empty = ring
+    pairs, columns = work
+    counter = (counters + 2 * (HALVES - 1)).to(gl.int64, bitcast=True)
+    box: gl.constexpr = min(COLUMNS, BOX)
     column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        tile = index // column_tiles
-        expert = gl.load(tiles + 2 * tile)
+    take: gl.constexpr = max(K - 1024, 0)
+    give: gl.constexpr = max(K - 512, 0)
+    tiles = tiles.to(gl.pointer_type(gl.int64), bitcast=True)
+    index = gl.program_id(0)
+    pair = gl.load(tiles + index // column_tiles)
+    while index < count:
+        own = pair
+        expert = own.to(gl.int32)
+        first = (own >> 32).to(gl.int32)
+        column_tile = index % column_tiles
+        n = column_tile * BLOCK_N
+        index = count  # there are no tiles after one that nobody needs
+        taken = 0
         if expert >= 0:
-            first = gl.load(tiles + 2 * tile + 1)
-            n = index % column_tiles * BLOCK_N
             scales = w_scale + (expert.to(gl.int64) * (HALVES * N) + n) * (K // BLOCK)
             size = gl.minimum(N - n, BLOCK_N) * (K // BLOCK)
             for half in gl.static_range(HALVES):
@@ -217,80 +302,140 @@ def _load(
                     dtype=gl.int32, is_pure=False, pack=1,
                 )  # fmt: skip
             for k in range(0, K, COLUMNS):
+                if k == take:
+                    taken = gl.inline_asm_elementwise(
+                        _TAKE, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1
+                    )  # fmt: skip
                 mbarrier.wait(empty.index(stage), phase)
+                _put(pairs, stage, own)
+                _put(columns, stage, column_tile)
                 mbarrier.expect(full.index(stage), BYTES)
-                load_async(w, [expert, 0, n, k], full.index(stage), w_ring.index(stage))
-                load_async(x, [first, k], full.index(stage), x_ring.index(stage))
+                for i in gl.static_range(COLUMNS // box):
+                    at = w_ring.index(stage * (COLUMNS // box) + i)
+                    load_async(w, [expert, 0, n, k + i * box], full.index(stage), at)
+                for i in gl.static_range(COLUMNS // STEP):
+                    at = x_ring.index(stage * (COLUMNS // STEP) + i)
+                    load_async(x, [first, k + i * STEP], full.index(stage), at)
+                if k == give:
+                    taken = gl.inline_asm_elementwise(
+                        _GIVE, "=r,r", [taken], dtype=gl.int32, is_pure=False, pack=1
+                    )  # fmt: skip
+                    index = gl.num_programs(0) + taken
+                    pair = gl.load(tiles + gl.minimum(index, count - 1) // column_tiles)
                 stage += 1
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
+    gl.inline_asm_elementwise(
+        _FINISH, "=r,l,r", [counter, gl.num_programs(0) - 1], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+    mbarrier.wait(empty.index(stage), phase)
+    _put(pairs, stage, gl.to_tensor(-1).to(gl.int64))
+    mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
 def _scale_rows(
-    row, SKIPPED: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, WHOLE: gl.constexpr, PERMUTED: gl.constexpr
-):
+    row, SKIPPED: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, WHOLE: gl.constexpr, ORDER: gl.constexpr,
+    UP: gl.constexpr,
+):  # fmt: skip
     """GROUP rows, SKIPPED after ``row``, as their distances from it, [GROUP, 2], each twice. Those from ROWS on have 0;
-    there are none if WHOLE."""
-    layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
+    there are none if WHOLE. UP is not 0: half of them are that many rows further on."""
+    layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, ORDER))
     rows = SKIPPED + gl.arange(0, GROUP, layout=gl.SliceLayout(1, layout))
+    if UP > 0:
+        rows = rows % (GROUP // 2) + rows // (GROUP // 2) * UP
     if not WHOLE:
         rows = gl.where(row + rows < ROWS, rows, 0)
     return gl.expand_dims(rows, 1) + gl.zeros([GROUP, 2], gl.int32, layout)
 
 
 @gluon.jit
+def _steps(codes):
+    """Codes of one or two steps, one [rows, 64] for each."""
+    rows: gl.constexpr = codes.shape[0]
+    if codes.shape[1] == STEP:
+        return (codes, codes)
+    else:
+        return gl.split(gl.permute(gl.reshape(codes, (rows, 2, STEP)), (0, 2, 1)))
+
+
+@gluon.jit
 def _multiply(
     ring, scales, rows0, rows1, trips, stage, phase,
-    M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
-    PERMUTED: gl.constexpr,
+    M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr, STEPS: gl.constexpr,
+    ORDER: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
     """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
-    stages."""
+    steps. HALVED: of the same rows, one of every other step."""
     x_ring, w_ring, full, empty = ring
     TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, M, 16]
     )
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOTAL, k_width=2)
-    CODES: gl.constexpr = _codes_layout(GROUP, PERMUTED)
+    box: gl.constexpr = min(COLUMNS, BOX)
+    gl.static_assert(not HALVED or box == 2 * STEP, "a halved tile takes two steps at a time")
+    CODES: gl.constexpr = _codes_layout(GROUP, box, ORDER)
+    PARTS: gl.constexpr = COLUMNS // STEP
     # Stages that are the same in each trip are known to the compiler.
-    FIXED: gl.constexpr = STEPS % STAGES == 0
+    FIXED: gl.constexpr = STEPS // PARTS % STAGES == 0
+    # So many trips before their use, scale bytes are read; a wide product leaves no registers for more.
+    AHEAD: gl.constexpr = 2 if M <= 64 else 1
+    LAST: gl.constexpr = 1 if HALVED else 0  # of the steps that a pass of the loop below takes
     total0 = gl.zeros([GROUP, M], gl.float32, TOTAL)
     total1 = warpgroup_mma_init(gl.zeros([GROUP, M], gl.float32, TOTAL))
-    left1 = gl.zeros([GROUP, COLUMNS], gl.bfloat16, LEFT)
+    left1 = gl.zeros([GROUP, STEP], gl.bfloat16, LEFT)
     # Of a step's two bytes a lane needs that of its block, and each in 16 bits.
-    layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, PERMUTED))
+    layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, ORDER))
     block = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)), 0)
     selector = gl.zeros([GROUP, 2], gl.int32, layout) + (0x4040 if STEPS == 1 else 0x4240) + 0x0101 * block
     word0 = gl.load(scales + rows0)
-    word1 = gl.load(scales + rows1)
+    word1 = word0 if HALVED else gl.load(scales + rows1)
+    if AHEAD == 2:
+        next0 = gl.load(scales + gl.minimum(1, trips - 1) + rows0)
+        next1 = next0 if HALVED else gl.load(scales + gl.minimum(1, trips - 1) + rows1)
     for i in range(trips):
-        values = _scale_values(word0, word1, selector, STEPS)
-        for step in gl.static_range(STEPS):
-            if step == STEPS // 2:  # when half of the registers that values takes are free
+        values = _scale_values(word0, word1, selector, STEPS, HALVED)
+        if AHEAD == 2:
+            word0 = next0
+            word1 = next1
+            ahead = scales + gl.minimum(i + 2, trips - 1)
+            next0 = gl.load(ahead + rows0)
+            next1 = next0 if HALVED else gl.load(ahead + rows1)
+        for step in gl.static_range(0, STEPS, 2 if HALVED else 1):
+            if AHEAD == 1 and step == STEPS // 2:  # when half of the registers that values takes are free
                 ahead = scales + gl.minimum(i + 1, trips - 1)
                 word0 = gl.load(ahead + rows0)
                 word1 = gl.load(ahead + rows1)
-            at = step % STAGES if FIXED else stage
-            before = (step + STAGES - 1) % STAGES if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)
-            mbarrier.wait(full.index(at), phase)
-            right = x_ring.index(at).slice(0, M).permute((1, 0))
-            codes = w_ring.index(at).reshape((2 * GROUP, COLUMNS))
-            codes0 = codes.slice(0, GROUP).load(CODES)
-            codes1 = codes.slice(GROUP, GROUP).load(CODES)
+            at = step // PARTS % STAGES if FIXED else stage
+            before = (step // PARTS + STAGES - 1) % STAGES if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)
+            if step % PARTS == 0:
+                mbarrier.wait(full.index(at), phase)
+            if step % (box // STEP) == 0:
+                codes = w_ring.index(at * (COLUMNS // box) + step % PARTS // (box // STEP))
+                codes = codes.reshape(((1 if HALVED else 2) * GROUP, box))
+                parts0 = _steps(codes.slice(0, GROUP).load(CODES))
+                parts1 = parts0 if HALVED else _steps(codes.slice(GROUP, GROUP).load(CODES))
+            x_tile = x_ring.index(at * PARTS + step % PARTS).slice(0, M).permute((1, 0))
             # left0 and left1 are handed through the waits, since the matrix unit reads them until then.
-            left0 = _upcast(codes0, values[step // 2], step % 2, PERMUTED, LEFT)
-            total0 = warpgroup_mma(left0, right, total0, is_async=True)
+            left0 = _upcast(parts0[step % (box // STEP)], values[step // 2], step % 2, ORDER, LEFT)
+            total0 = warpgroup_mma(left0, x_tile, total0, is_async=True)
             total1, left1 = warpgroup_mma_wait(1, [total1, left1])
-            left1 = _upcast(codes1, values[(STEPS + 1) // 2 + step // 2], step % 2, PERMUTED, LEFT)
-            total1 = warpgroup_mma(left1, right, total1, is_async=True)
-            total0, left0 = warpgroup_mma_wait(1, [total0, left0])
-            mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
-            if FIXED:
-                if step % STAGES == STAGES - 1:
-                    phase ^= 1
+            if step % PARTS == 0:
+                mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
+            if HALVED:
+                x_tile = x_ring.index(at * PARTS + step % PARTS + 1).slice(0, M).permute((1, 0))
+                left1 = _upcast(parts0[1], values[step // 2], 1, ORDER, LEFT)
             else:
+                left1 = _upcast(
+                    parts1[step % (box // STEP)], values[(STEPS + 1) // 2 + step // 2], step % 2, ORDER, LEFT
+                )  # fmt: skip
+            total1 = warpgroup_mma(left1, x_tile, total1, is_async=True)
+            total0, left0 = warpgroup_mma_wait(1, [total0, left0])
+            if FIXED:
+                if (step + LAST) % (PARTS * STAGES) == PARTS * STAGES - 1:
+                    phase ^= 1
+            elif (step + LAST) % PARTS == PARTS - 1:
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -311,12 +456,25 @@ def _one_plus_exp(x):
 
 @gluon.jit
 def _with_bias(total, bias, row, rows, PERMUTED: gl.constexpr):
-    """total [rows of a tile, M] + what its rows have in bias [rows]; ``row``: the first one."""
+    """total [rows of a tile, M] + what its rows have in bias [rows]; ``row``: the first one. PERMUTED: they are in
+    product order, 32 of them without the bit that they share."""
     position = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, total.type.layout))
-    if PERMUTED:
+    if PERMUTED and total.shape[0] == 32:
+        position = in_product_order((position & -4) * 2 + position % 4)
+    elif PERMUTED:
         position = in_product_order(position)
     row += position
     return total + gl.load(bias + gl.where(row < rows, row, 0)).to(gl.float32)[:, None]
+
+
+@gluon.jit
+def _one_block_mxfp8(value):
+    """value [32, M] fp32 -> each column rounded to MXFP8, times HELD_TIMES."""
+    amax = gl.max(value.to(gl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    byte = scale_byte(amax, "rceil")
+    # 2^(127 - byte); what it is for NaN does not matter.
+    inverse = ((254 - byte) << 23).to(gl.float32, bitcast=True)
+    return (value * inverse[None, :]).to(gl.float8e4nv).to(gl.float32) * (factor(byte) * HELD_TIMES)[None, :]
 
 
 @gluon.jit
@@ -346,10 +504,14 @@ def _store(out, value, first, end, column, N: gl.constexpr):
     expert's slots begin."""
     C: gl.constexpr = value.shape[0]
     M: gl.constexpr = value.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [C // 16, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [gl.num_warps(), 1], [1, 0])
     value = gl.convert_layout(gl.permute(value, (1, 0)), layout)
     slot = first + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+    columns = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+    if C == 32:  # every other 4 of 64
+        columns = column // 64 * 64 + (columns & -4) * 2 + column % 64 // 8 + columns % 4
+    else:
+        columns += column
     within = (slot < end)[:, None] & (columns < N)[None, :]
     gl.store(out + (slot.to(gl.int64)[:, None] * N + columns[None, :]), value, mask=within)
 
@@ -358,10 +520,17 @@ def _store(out, value, first, end, column, N: gl.constexpr):
 def _finish(
     total0, total1, ending, expert, first, end, column,
     N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
     """What becomes of a tile's products, as in :func:`.gemm.grouped_gemm_kernel`."""
     bias, out, routes, topk_weights, weights_stride, alpha, beta, limit = ending
+    if HALVED:
+        total0 += total1
+        if GATE_UP:  # of a lane's two rows one is gate's
+            M: gl.constexpr = total0.shape[1]
+            total0, total1 = gl.split(gl.permute(gl.reshape(total0, (4, 2, 8, M)), (0, 2, 3, 1)))
+            total0 = gl.reshape(total0, (32, M))
+            total1 = gl.reshape(total1, (32, M))
     if GATE_UP:
         if BIASED:
             bias += expert.to(gl.int64) * (2 * N)
@@ -377,93 +546,112 @@ def _finish(
             total0 = gl.where(total0 > limit, limit, total0)
             total1 = gl.where(total1 > limit, limit, gl.where(total1 < -limit, -limit, total1))
         result = total0 / _one_plus_exp(-alpha * total0) * (total1 + beta)
-        result = _mxfp8(result) if MXFP8 else result.to(gl.bfloat16).to(gl.float32) * HELD_TIMES
+        if MXFP8 and HALVED:
+            result = _one_block_mxfp8(result)
+        elif MXFP8:
+            result = _mxfp8(result)
+        else:
+            result = result.to(gl.bfloat16).to(gl.float32) * HELD_TIMES
         _store(out, result.to(gl.bfloat16), first, end, column, N)
     else:
         if BIASED:
             bias += expert.to(gl.int64) * N
             total0 = _with_bias(total0, bias, column, N, False)
-            total1 = _with_bias(total1, bias, column + total0.shape[0], N, False)
+            if not HALVED:
+                total1 = _with_bias(total1, bias, column + total0.shape[0], N, False)
         _store(out, total0.to(out.dtype.element_ty), first, end, column, N)
-        _store(out, total1.to(out.dtype.element_ty), first, end, column + total0.shape[0], N)
+        if not HALVED:
+            _store(out, total1.to(out.dtype.element_ty), first, end, column + total0.shape[0], N)
 
 
 @gluon.jit
 def _tile(
     ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
-    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
+    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """A tile of M slots; the next stage and phase."""
     ROWS: gl.constexpr = 2 * N if GATE_UP else N
-    WHOLE: gl.constexpr = N % (GROUP if GATE_UP else 2 * GROUP) == 0
+    HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
+    ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
+    WHOLE: gl.constexpr = N % BLOCK_N == 0
     STEPS: gl.constexpr = 4 if K % 256 == 0 else 2 if K % 128 == 0 else 1
     WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
-    WORDS: gl.constexpr = K // COLUMNS // STEPS
+    WORDS: gl.constexpr = K // STEP // STEPS
     scales = (w_scale + (expert.to(gl.int64) * ROWS + n) * (K // BLOCK)).to(gl.pointer_type(WORD), bitcast=True)
-    rows0 = _scale_rows(n, 0, GROUP, ROWS, WHOLE, GATE_UP) * WORDS
-    rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, GATE_UP) * WORDS
+    rows0 = _scale_rows(n, 0, GROUP, ROWS, WHOLE, ORDER, N if GATE_UP and HALVED else 0) * WORDS
+    rows1 = rows0
+    if not HALVED:
+        rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * WORDS
     total0, total1, stage, phase = _multiply(
-        ring, scales, rows0, rows1, steps // STEPS, stage, phase, M, GROUP, STAGES, STEPS, GATE_UP
+        ring, scales, rows0, rows1, steps // STEPS, stage, phase, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED
     )  # fmt: skip
-    _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED)
+    _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
     return stage, phase
 
 
 @gluon.jit
 def _compute(
-    ring, w_scale, ending, steps, tiles, offsets, count,
+    ring, work, w_scale, ending, steps, offsets,
     K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
-    STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr, BIASED: gl.constexpr,
-    WEIGHTED: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
-    """The other warps: each tile of this program."""
-    column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    """The other warps: each tile that the loader tells of."""
+    x_ring, w_ring, full, empty = ring
+    pairs, columns = work
     stage = 0
     phase = 0
-    pairs = tiles.to(gl.pointer_type(gl.int64), bitcast=True)
-    pair = gl.load(pairs + gl.program_id(0) // column_tiles)
-    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+    mbarrier.wait(full.index(stage), phase)
+    pair = _get(pairs, stage)
+    while pair >= 0:
         expert = pair.to(gl.int32)
         first = (pair >> 32).to(gl.int32)
-        pair = gl.load(pairs + gl.minimum(index + gl.num_programs(0), count - 1) // column_tiles)
-        if expert >= 0:
-            end = gl.load(offsets + expert + 1)
-            n = index % column_tiles * BLOCK_N
-            if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
-                stage, phase = _tile(
-                    ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
-                    K, N, BLOCK_M // 2, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                )  # fmt: skip
-            else:
-                stage, phase = _tile(
-                    ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
-                    K, N, BLOCK_M, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                )  # fmt: skip
+        n = _get(columns, stage) * BLOCK_N
+        end = gl.load(offsets + expert + 1)
+        if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
+            stage, phase = _tile(
+                ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
+                K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+            )  # fmt: skip
+        else:
+            stage, phase = _tile(
+                ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
+                K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+            )  # fmt: skip
+        mbarrier.wait(full.index(stage), phase)
+        pair = _get(pairs, stage)
 
 
 @gluon.jit(do_not_specialize=["weights_stride", "count"], do_not_specialize_on_alignment=["topk_weights"])
 def warpgroup_gemm_kernel(
-    x, w, w_scale, bias, out, tiles, offsets, routes, topk_weights, count: "i32",
+    x, w, w_scale, bias, out, tiles, offsets, routes, topk_weights, counters, count: "i32",
     weights_stride: "i64", alpha: "fp32", beta: "fp32", limit: "fp32",
     K: gl.constexpr, N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Each program takes every num_programs-th of ``count`` tiles: BLOCK_M slots of one expert by 16 output columns for
-    each warp (GATE_UP) or 32.
+    """``count`` tiles, one program for one after another: BLOCK_M slots of one expert by BLOCK_N output columns, 16 for
+    each warp (GATE_UP) or 32, or half of that.
 
+    counters [2, 2]: zeros, before and afterwards; a row for GATE_UP and one for not. COLUMNS: of a stage.
     x: a descriptor of rows [R, K] bf16, times HELD_TIMES, K in product order; w: one of codes [E, 2, N, K] (GATE_UP) or
     [E, 1, N, K], with w_scale [E, 2 N or N, K/32]; the rest as in :func:`.gemm.grouped_gemm_kernel`. GATE_UP: N of out
     is in product order.
     """
     GROUP: gl.constexpr = 16 * gl.num_warps()
     HALVES: gl.constexpr = 2 if GATE_UP else 1
-    BLOCK_N: gl.constexpr = 2 * GROUP // HALVES
-    BYTES: gl.constexpr = BLOCK_M * COLUMNS * 2 + 2 * GROUP * COLUMNS
-    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, COLUMNS], x.layout)
-    w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES, 1, HALVES, BLOCK_N, COLUMNS], w.layout)
+    BYTES: gl.constexpr = BLOCK_M * COLUMNS * 2 + HALVES * BLOCK_N * COLUMNS
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * (COLUMNS // STEP), BLOCK_M, STEP], x.layout)
+    box: gl.constexpr = min(COLUMNS, BOX)
+    w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * (COLUMNS // box), 1, HALVES, BLOCK_N, box], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    scalars: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    work = (
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], scalars),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], scalars),
+    )
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
@@ -474,17 +662,17 @@ def warpgroup_gemm_kernel(
         bias if BIASED else w_scale, out, routes, topk_weights if WEIGHTED else w_scale,
         weights_stride, alpha, beta, limit,
     )  # fmt: skip
-    steps = x.shape[1] // COLUMNS
+    steps = x.shape[1] // STEP
     gl.warp_specialize(
         [
             (
                 _compute,
                 (
-                    ring, w_scale, ending, steps, tiles, offsets, count,
-                    K, N, BLOCK_M, BLOCK_N, GROUP, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                    ring, work, w_scale, ending, steps, offsets,
+                    K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 ),
             ),
-            (_load, (x, w, w_scale, ring, tiles, count, K, N, BLOCK_N, HALVES, STAGES, BYTES)),
+            (_load, (x, w, w_scale, ring, work, tiles, counters, count, K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES)),
         ],
         [1],
         [24],

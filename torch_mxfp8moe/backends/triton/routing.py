@@ -71,12 +71,39 @@ def route_kernel(
 
 
 @triton.jit
-def _list_tiles(offsets, tiles, tiles_bound, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr):
+def _bounds(offsets, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr):
+    """Each expert's first slot, and the first one after it, [EXPERTS_POW2]; 0 for experts that there are not."""
+    expert = tl.arange(0, EXPERTS_POW2)
+    start = tl.load(offsets + expert, mask=expert < EXPERTS, other=0)
+    return start, tl.load(offsets + expert + 1, mask=expert < EXPERTS, other=0)
+
+
+@triton.jit
+def _count_routes(local, EXPERTS_POW2: tl.constexpr):
+    """What :func:`_bounds` returns, from the local expert of each route."""
+    count = tl.histogram(tl.maximum(local, 0), EXPERTS_POW2, mask=local >= 0)
+    end = tl.cumsum(count, 0)
+    return end - count, end
+
+
+@triton.jit
+def _slots(local, token, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr, ROUTES: tl.constexpr):
+    """The slots [TOPK_POW2] of a token's routes, -1 where it adds nothing, from the local expert of each route."""
+    others = tl.arange(0, ROUTES)[None, :]
+    route = token * TOPK + tl.arange(0, TOPK_POW2)
+    own = tl.sum(tl.where(others == route[:, None], local[None, :], 0), axis=1)
+    earlier = (local[None, :] < own[:, None]) | (local[None, :] == own[:, None]) & (others < route[:, None])
+    slot = tl.sum(((local[None, :] >= 0) & earlier).to(tl.int32), axis=1)
+    return tl.where(own >= 0, slot, -1)
+
+
+@triton.jit
+def _list_tiles(
+    start, end, tiles, tiles_bound, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """The tiles of one expert: (expert, first slot) for each BLOCK_M of its slots, after the experts before."""
     expert = tl.program_id(0)
     others = tl.arange(0, EXPERTS_POW2)
-    start = tl.load(offsets + others, mask=others < EXPERTS, other=0)
-    end = tl.load(offsets + others + 1, mask=others < EXPERTS, other=0)
     count = (end - start + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(others < expert, count, 0))
     own = tl.sum(tl.where(others == expert, count, 0))
@@ -92,29 +119,68 @@ def _list_tiles(offsets, tiles, tiles_bound, EXPERTS: tl.constexpr, EXPERTS_POW2
 
 
 @triton.jit(
-    do_not_specialize=["x_stride", "x_scale_stride", "tiles_bound"], do_not_specialize_on_alignment=["x", "x_scale"]
+    do_not_specialize=[
+        "x_stride",
+        "x_scale_stride",
+        "tiles_bound",
+        "routes_total",
+        "ids_stride",
+        "first_token",
+        "known",
+    ],
+    do_not_specialize_on_alignment=["x", "x_scale", "topk_ids", "expert_map", "num_tokens"],
 )
 def dispatch_kernel(
-    x, x_scale, slots, offsets, rows, rows_scale, tiles,
+    x, x_scale, topk_ids, expert_map, num_tokens, slots, routes, offsets, rows, rows_scale, tiles, counters,
     x_stride: "i64", x_scale_stride: "i64", tiles_bound: "i32",
-    H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr,
-    MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
+    routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
+    H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
+    ROUTES: tl.constexpr, BLOCK_M: tl.constexpr, MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr,
+    NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..E-1 list the tiles [tiles_bound, 2] of their experts (-1: none); each other one takes N blocks of a
     token of x [T, H], rounds them and copies them to the slots of the token's routes.
 
+    ROUTES is not 0: no more routes than that, and they have no slots yet: each program finds the ones that it needs,
+    and they, ``routes`` and ``offsets`` are written as by :func:`route_kernel`.
     x_scale: of x that is MXFP8 already, or None. MXFP8: round to MXFP8, else to bf16. Rows are written as codes and
     rows_scale if there is one, else as bf16, times HELD_TIMES; IN_PRODUCT_ORDER: H is, and a multiple of 64.
     """
     pid = tl.program_id(0)
+    if ROUTES:
+        local = local_experts(
+            topk_ids, expert_map, num_tokens, tl.arange(0, ROUTES), routes_total, ids_stride, first_token, known,
+            EXPERTS, TOPK,
+        )  # fmt: skip
     if pid < EXPERTS:
-        _list_tiles(offsets, tiles, tiles_bound, EXPERTS, EXPERTS_POW2, BLOCK_M)
+        if counters is not None:
+            if pid == 0:
+                tl.store(counters + tl.arange(0, 4), 0)
+        if ROUTES:
+            start, end = _count_routes(local, EXPERTS_POW2)
+            if pid == 0:
+                expert = tl.arange(0, EXPERTS_POW2)
+                tl.store(offsets + expert, start, mask=expert < EXPERTS)
+                tl.store(offsets + EXPERTS, tl.max(end, 0))
+        else:
+            start, end = _bounds(offsets, EXPERTS, EXPERTS_POW2)
+        _list_tiles(start, end, tiles, tiles_bound, EXPERTS, EXPERTS_POW2, BLOCK_M)
     else:
         parts: tl.constexpr = (H // BLOCK + N - 1) // N
         token = ((pid - EXPERTS) // parts).to(tl.int64)
         last = -1
-        for k in tl.static_range(TOPK):
-            last = tl.maximum(last, tl.load(slots + token * TOPK + k))
+        if ROUTES:
+            k_index = tl.arange(0, TOPK_POW2)
+            own_slots = _slots(local, token.to(tl.int32), TOPK, TOPK_POW2, ROUTES)
+            own_slots = tl.where(k_index < TOPK, own_slots, -1)
+            last = tl.max(own_slots, 0)
+            if (pid - EXPERTS) % parts == 0:
+                route = token.to(tl.int32) * TOPK + k_index
+                tl.store(slots + route, own_slots, mask=k_index < TOPK)
+                tl.store(routes + own_slots, route, mask=own_slots >= 0)
+        else:
+            for k in tl.static_range(TOPK):
+                last = tl.maximum(last, tl.load(slots + token * TOPK + k))
         if last >= 0:
             block = (pid - EXPERTS) % parts * N + tl.arange(0, N)
             index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -141,7 +207,10 @@ def dispatch_kernel(
                 index += tl.arange(0, 64)[None, :]
                 within = index < H
             for k in tl.static_range(TOPK):
-                slot = tl.load(slots + token * TOPK + k).to(tl.int64)
+                if ROUTES:
+                    slot = tl.sum(tl.where(k_index == k, own_slots, 0), 0).to(tl.int64)
+                else:
+                    slot = tl.load(slots + token * TOPK + k).to(tl.int64)
                 if slot >= 0:
                     tl.store(rows + slot * H + index, result, mask=within)
                     if rows_scale is not None:
