@@ -148,6 +148,23 @@ bool needs_gradient(std::initializer_list<const View*> views) {
   return false;
 }
 
+// Counts a write to each tensor, as PyTorch's own in-place ops do, so that a backward pass that saved what was there before
+// raises. The stable ABI has no name for it; an in-place op that swaps a dimension with itself does nothing else. Tensors
+// made in inference mode have no counter.
+void written(std::initializer_list<const View*> outputs) {
+  for (const View* out : outputs) {
+    AtenTensorHandle copy;
+    check(aoti_torch_new_tensor_handle(out->handle, &copy));
+    StableIValue asked[1] = {box(copy)};
+    check(torch_call_dispatcher("aten::is_inference", "", asked, TORCH_ABI_VERSION));
+    if (unbox<bool>(asked[0]) || out->dim == 0) continue;
+    check(aoti_torch_new_tensor_handle(out->handle, &copy));
+    StableIValue stack[3] = {box(copy), box(int64_t(0)), box(int64_t(0))};
+    check(torch_call_dispatcher("aten::transpose_", "", stack, TORCH_ABI_VERSION));
+    unbox<Tensor>(stack[0]);  // release it
+  }
+}
+
 // Whether two tensors may share a byte: exact for column slices of one buffer, else by their extents. The same answer
 // as arguments.overlap in Python.
 bool overlap(const View& a, const View& b) {
@@ -209,29 +226,63 @@ void for_each_row(int64_t rows, int64_t columns, const F& f) {
   });
 }
 
-std::tuple<Tensor, Tensor> quantize_1x32(const Tensor& x_, std::string scale_rounding) {
-  const View x(x_);
-  static const std::string names[] = {"rceil", "floor", "ceil", "even"};  // in the order of ScaleRounding
-  const auto* name = std::find(std::begin(names), std::end(names), scale_rounding);
-  if (!high_precision(x) || !x.rows() || x.columns() % kBlock != 0 || name == std::end(names) || needs_gradient({&x})) {
-    std::array<StableIValue, 3> stack{box(x_), box(scale_rounding)};
-    refuse("mxfp8moe::_refused_quantize_1x32", stack, 2);
-    Tensor data = unbox<Tensor>(stack[0]), scale = unbox<Tensor>(stack[1]);
-    return {std::move(data), std::move(scale)};
-  }
+// In the order of ScaleRounding.
+const std::string kScaleRoundings[] = {"rceil", "floor", "ceil", "even"};
+
+bool quantizes(const View& x, const std::string& scale_rounding) {
+  return high_precision(x) && x.rows() && x.columns() % kBlock == 0 &&
+      std::find(std::begin(kScaleRoundings), std::end(kScaleRoundings), scale_rounding) != std::end(kScaleRoundings);
+}
+
+void quantize(const View& x, const std::string& scale_rounding, char* data, char* scale) {
+  const auto rounding = ScaleRounding(
+      std::find(std::begin(kScaleRoundings), std::end(kScaleRoundings), scale_rounding) - std::begin(kScaleRoundings));
   const int64_t columns = x.columns(), rows = columns ? x.numel / columns : 0;
-  std::vector<int64_t> scale_sizes(x.sizes, x.sizes + x.dim);
-  scale_sizes.back() = columns / kBlock;
-  Tensor data = empty(x.dim, x.sizes, dtypes().e4m3), scale = empty(x.dim, scale_sizes.data(), dtypes().u8);
-  auto* data_bytes = static_cast<uint8_t*>(data.data_ptr());
-  auto* scale_bytes = static_cast<uint8_t*>(scale.data_ptr());
+  auto *data_bytes = reinterpret_cast<uint8_t*>(data), *scale_bytes = reinterpret_cast<uint8_t*>(scale);
   const Kernels& k = kernels();
   for_each_row(rows, columns, [&](int64_t row) {
     k.quantize_row(
-        x.data + row_offset(x, row) * x.item_size(), kind_of(x.dtype), ScaleRounding(name - names), columns,
-        data_bytes + row * columns, scale_bytes + row * (columns / kBlock));
+        x.data + row_offset(x, row) * x.item_size(), kind_of(x.dtype), rounding, columns, data_bytes + row * columns,
+        scale_bytes + row * (columns / kBlock));
   });
+}
+
+std::tuple<Tensor, Tensor> quantize_refused(
+    const Tensor& x, const std::string& scale_rounding, const std::optional<Tensor>& out_data,
+    const std::optional<Tensor>& out_scale) {
+  std::array<StableIValue, 4> stack{box(x), box(scale_rounding), box(out_data), box(out_scale)};
+  refuse("mxfp8moe::_refused_quantize_1x32", stack, 2);
+  Tensor data = unbox<Tensor>(stack[0]), scale = unbox<Tensor>(stack[1]);
   return {std::move(data), std::move(scale)};
+}
+
+std::tuple<Tensor, Tensor> quantize_1x32(const Tensor& x_, std::string scale_rounding) {
+  const View x(x_);
+  if (!quantizes(x, scale_rounding) || needs_gradient({&x}))
+    return quantize_refused(x_, scale_rounding, std::nullopt, std::nullopt);
+  std::vector<int64_t> scale_sizes(x.sizes, x.sizes + x.dim);
+  scale_sizes.back() = x.columns() / kBlock;
+  Tensor data = empty(x.dim, x.sizes, dtypes().e4m3), scale = empty(x.dim, scale_sizes.data(), dtypes().u8);
+  quantize(x, scale_rounding, static_cast<char*>(data.data_ptr()), static_cast<char*>(scale.data_ptr()));
+  return {std::move(data), std::move(scale)};
+}
+
+void quantize_1x32_out(const Tensor& x_, std::string scale_rounding, const Tensor& out_data, const Tensor& out_scale) {
+  const View x(x_), data(out_data), scale(out_scale);
+  // As Quantize.check in Python says it; to the op that refuses, a call without outputs is one of the other overload.
+  if (!data && !scale) throw std::runtime_error("quantize_1x32: out_data and out_scale are None; they take tensors");
+  const bool takes = quantizes(x, scale_rounding) && data.dtype == dtypes().e4m3 && scale_like(scale) &&
+      data.dim == x.dim && scale.dim == x.dim && std::equal(x.sizes, x.sizes + x.dim, data.sizes) &&
+      std::equal(x.sizes, x.sizes + x.dim - 1, scale.sizes) && scale.columns() == x.columns() / kBlock &&
+      data.contiguous() && scale.contiguous() && !overlap(data, x) && !overlap(scale, x) && !overlap(scale, data) &&
+      !needs_gradient({&x, &data, &scale});
+  if (takes) {
+    quantize(x, scale_rounding, data.data, scale.data);
+  } else {
+    const auto given = [](const Tensor& out) { return out.defined() ? std::optional<Tensor>(out) : std::nullopt; };
+    quantize_refused(x_, scale_rounding, given(out_data), given(out_scale));
+  }
+  written({&data, &scale});
 }
 
 Tensor dequantize_1x32(const Tensor& data_, const Tensor& scale_, ScalarType dtype) {
@@ -392,6 +443,8 @@ void fused_moe_out(MXFP8MOE_FUSED_MOE_PARAMETERS, const Tensor& out) {
   // As FusedMoe.check in Python says it; to the op that refuses, a call without `out` is one of the other overload.
   if (!out.defined()) throw std::runtime_error("fused_moe: out is None; it takes a tensor");
   if (!fused_moe_if_taken(arguments, out, std::nullopt)) fused_moe_refused(arguments, std::nullopt, out);
+  const View view(out);
+  written({&view});
 }
 
 // out[rows[i] + columns[j] + k] = source[i, j * run + k], run = C / columns.numel(): see layouts.Permutation.offsets.
@@ -501,6 +554,7 @@ STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CPU, m) {
   m.impl("quantize_1x32", TORCH_BOX(&quantize_1x32));
+  m.impl("quantize_1x32.out", TORCH_BOX(&quantize_1x32_out));
   m.impl("dequantize_1x32", TORCH_BOX(&dequantize_1x32));
   m.impl("fused_moe", TORCH_BOX(&fused_moe_functional));
   m.impl("fused_moe.out", TORCH_BOX(&fused_moe_out));

@@ -274,6 +274,8 @@ class Quantize(Call):
 
     x: torch.Tensor
     scale_rounding: str = "rceil"
+    out_data: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
 
     op = "quantize_1x32"
 
@@ -281,17 +283,42 @@ class Quantize(Call):
     def device(self) -> torch.device:
         return self.x.device
 
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        *lead, columns = self.x.shape
+        return (*lead, columns // BLOCK)
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``out_data`` and ``out_scale`` of a call that has them, as every call that reaches a backend does."""
+        assert self.out_data is not None and self.out_scale is not None
+        return self.out_data, self.out_scale
+
     def _check_kind(self, writes_out: bool) -> None:
+        if writes_out and self.out_data is None and self.out_scale is None:
+            raise TypeError(f"{self.op}: out_data and out_scale are None; they take tensors")
         self._dtype("x", self.x, HIGH_PRECISION_DTYPES)
         self._value(self.x.dim() >= 1, "x", "has 0 dimensions", "1 or more, [..., C]")
         self._blocks("x", self.x)
         self._strided("x", self.x)
         self._one_of("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
+        if self.out_data is None and self.out_scale is None:
+            return
+        out_data = self._dtype("out_data", self.out_data, (torch.float8_e4m3fn,))
+        out_scale = self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
+        self._shape("out_data", out_data, tuple(self.x.shape), "the shape of x")
+        self._shape("out_scale", out_scale, self.scale_shape, "the shape of x, C/32 for C")
+        self._contiguous("out_data", out_data)
+        self._contiguous("out_scale", out_scale)
+        self._same_device("x", x=self.x, out_data=out_data, out_scale=out_scale)
 
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        *lead, columns = self.x.shape
-        return (*lead, columns // BLOCK)
+    def _check_memory(self) -> None:
+        if self.out_data is not None:
+            out_data, out_scale = self.outputs
+            self._not_overlapping("out_data", out_data, x=self.x)
+            self._not_overlapping("out_scale", out_scale, x=self.x, out_data=out_data)
+        super()._check_memory()
 
 
 @dataclass(eq=False, repr=False)

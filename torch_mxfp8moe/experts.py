@@ -547,17 +547,18 @@ class Mxfp8Experts(nn.Module):
     def _write_weight(self, name: str, data: Tensor, scale: Tensor | None, rows, slots, scale_rounding, new_on) -> None:
         gate_up, device = _WEIGHTS[name], new_on or self.get_buffer(name).device
         data = _rows(data, rows).to(device, non_blocking=True)
+        row_major = self.layout == ROW_MAJOR.name
         if scale is None:
-            # Interleaved rows are quantised in the order in which they lie: kernels copy what no one stride describes.
-            turned = gate_up and data.stride(1) < data.stride(2)
-            lies = data.transpose(1, 2) if turned else data
-            lies, scale = quantize_1x32(lies if lies.stride(-1) == 1 else lies.contiguous(), scale_rounding)
-            lies = lies.view(torch.uint8)
-            data, scale = (x.transpose(1, 2) for x in (lies, scale)) if turned else (lies, scale)
+            data = data if data.stride(-1) == 1 else data.contiguous()
+            if row_major and isinstance(slots, slice) and not new_on:
+                out = (x[slots].unflatten(1, (2, -1)) if gate_up else x[slots] for x in self._pair(name))
+                quantize_1x32(data, scale_rounding, out=tuple(out))
+                return
+            data, scale = quantize_1x32(data, scale_rounding)
+            data = data.view(torch.uint8)
         else:
             scale = _rows(scale, rows).to(device, non_blocking=True)
         shape, scale_name = self._shape(self.layout, gate_up), f"{name}_scale"
-        row_major = self.layout == ROW_MAJOR.name
         if not row_major or new_on:
             # As checkpoints hold them; views where they lie so.
             data, scale = (_contiguous(x).flatten(1, 2) if gate_up else _contiguous(x) for x in (data, scale))

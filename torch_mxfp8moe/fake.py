@@ -11,6 +11,10 @@ def quantize_1x32(x, *, scale_rounding="rceil"):
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(call.scale_shape, dtype=torch.uint8)
 
 
+def quantize_1x32_out(x, *, scale_rounding="rceil", out_data, out_scale):
+    Quantize(x, scale_rounding, out_data, out_scale).check(writes_out=True)
+
+
 def dequantize_1x32(data, scale, *, dtype):
     Dequantize(data, scale, dtype).check()
     return data.new_empty(data.shape, dtype=dtype)

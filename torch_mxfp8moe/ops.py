@@ -7,10 +7,11 @@ input needs a gradient.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from . import dispatch, fake
 from . import extension as extension  # loads the C++ kernels, if they are there
@@ -26,10 +27,12 @@ _FUSED_MOE_ARGUMENTS = (
     'float? swiglu_limit=None, bool apply_router_weight_on_input=False, str layout="row_major", '
     'str activation_dtype="mxfp8", str backend="auto"'
 )
+_QUANTIZE_ARGUMENTS = 'Tensor x, *, str scale_rounding="rceil"'
 _PRESHUFFLE_ARGUMENTS = "Tensor weight, Tensor scale, *, str layout, bool gate_up, int pad_to=1"
 
 SCHEMAS = {
-    "quantize_1x32": '(Tensor x, *, str scale_rounding="rceil") -> (Tensor data, Tensor scale)',
+    "quantize_1x32": f"({_QUANTIZE_ARGUMENTS}) -> (Tensor data, Tensor scale)",
+    "quantize_1x32.out": f"({_QUANTIZE_ARGUMENTS}, Tensor(a!) out_data, Tensor(b!) out_scale) -> ()",
     "dequantize_1x32": "(Tensor data, Tensor scale, *, ScalarType dtype) -> Tensor",
     "preshuffle": f"({_PRESHUFFLE_ARGUMENTS}) -> (Tensor weight, Tensor scale)",
     "preshuffle.out": f"({_PRESHUFFLE_ARGUMENTS}, Tensor(a!) out_weight, Tensor(b!) out_scale) -> ()",
@@ -42,7 +45,9 @@ SCHEMAS = {
 # text as UTF-8 bytes, empty if there was none. (No exception crosses the stable ABI, and torch_call_dispatcher of torch
 # 2.13 mixes up results of different types.)
 _REFUSED_SCHEMAS = {
-    "_refused_quantize_1x32": '(Tensor x, *, str scale_rounding="rceil") -> (Tensor, Tensor, Tensor)',
+    "_refused_quantize_1x32": (
+        f"({_QUANTIZE_ARGUMENTS}, Tensor(a!)? out_data=None, Tensor(b!)? out_scale=None) -> (Tensor, Tensor, Tensor)"
+    ),
     "_refused_dequantize_1x32": "(Tensor data, Tensor scale, *, ScalarType dtype) -> (Tensor, Tensor)",
     "_refused_fused_moe": (
         f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None, Tensor(a!)? out=None) -> (Tensor, Tensor)"
@@ -55,8 +60,13 @@ _EXTENSION_SCHEMAS = {
 }
 
 
-def _quantize_1x32(x, *, scale_rounding="rceil"):
-    return dispatch.quantize_1x32(Quantize(x, scale_rounding).check_once())
+def _quantize_1x32(x, *, scale_rounding="rceil", out_data=None, out_scale=None):
+    return dispatch.quantize_1x32(Quantize(x, scale_rounding, out_data, out_scale).check_once())
+
+
+def _quantize_1x32_out(x, *, scale_rounding="rceil", out_data, out_scale):
+    dispatch.quantize_1x32(Quantize(x, scale_rounding, out_data, out_scale).check_once(writes_out=True))
+    increment_version((out_data, out_scale))
 
 
 def _dequantize_1x32(data, scale, *, dtype):
@@ -70,14 +80,16 @@ def _preshuffle(weight, scale, *, layout, gate_up, pad_to=1):
 def _preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out_scale):
     call = Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale)
     dispatch.preshuffle(call.check_once(writes_out=True))
+    increment_version((out_weight, out_scale))
 
 
 def _fused_moe(*args, **kwargs):
     return dispatch.fused_moe(FusedMoe(*args, **kwargs).check_once())
 
 
-def _fused_moe_out(*args, **kwargs):
-    dispatch.fused_moe(FusedMoe(*args, **kwargs).check_once(writes_out=True))
+def _fused_moe_out(*args, out, **kwargs):
+    dispatch.fused_moe(FusedMoe(*args, **kwargs, out=out).check_once(writes_out=True))
+    increment_version(out)
 
 
 def _or_error(kernel, outputs):
@@ -90,8 +102,8 @@ def _or_error(kernel, outputs):
         except Exception as error:
             text = (str(error) or type(error).__name__).encode()
             return *(nothing for _ in range(outputs)), torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        if kwargs.get("out") is not None:
-            result = nothing  # the caller holds it
+        if any(kwargs.get(name) is not None for name in ("out", "out_data")):
+            return *(nothing for _ in range(outputs)), nothing  # the caller holds them
         return *(result if outputs > 1 else (result,)), nothing
 
     return wrapped
@@ -99,6 +111,7 @@ def _or_error(kernel, outputs):
 
 _KERNELS = {
     "quantize_1x32": (_quantize_1x32, fake.quantize_1x32),
+    "quantize_1x32.out": (_quantize_1x32_out, fake.quantize_1x32_out),
     "dequantize_1x32": (_dequantize_1x32, fake.dequantize_1x32),
     "preshuffle": (_preshuffle, fake.preshuffle),
     "preshuffle.out": (_preshuffle_out, fake.preshuffle_out),
@@ -133,7 +146,16 @@ for _name, _kernel in _REFUSED_KERNELS.items():
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
-def quantize_1x32(x: torch.Tensor, scale_rounding: str = "rceil") -> tuple[torch.Tensor, torch.Tensor]:
+def _pair(op: str, out: object, names: str) -> Sequence[torch.Tensor]:
+    """``out`` of ``op``, which is two tensors; for Python, which would unpack other things as well."""
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError(f"{op}: out is a {type(out).__name__}; it takes two tensors, ({names})")
+    return out
+
+
+def quantize_1x32(
+    x: torch.Tensor, scale_rounding: str = "rceil", *, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise to MXFP8: blocks of 32 along the last dimension share one power-of-two scale.
 
     Args:
@@ -141,16 +163,23 @@ def quantize_1x32(x: torch.Tensor, scale_rounding: str = "rceil") -> tuple[torch
         scale_rounding: how a block's scale follows from its largest magnitude: ``"rceil"`` (2^ceil(log2(amax / 448)),
             never saturates; aiter, vLLM and torchao's default), ``"floor"`` (OCP MX v1.0), ``"ceil"`` or ``"even"``.
             The bytes are those of torchao's ``to_mx``.
+        out: write to these two tensors, (data, scale) as below, instead of new ones. They share no memory with x or
+            with each other; the scale may be ``float8_e8m0fnu``.
 
     Returns:
         data [..., C] ``float8_e4m3fn`` and scale [..., C/32] uint8, both contiguous: x is about
-        ``data * 2^(scale - 127)``. A block that holds Inf or NaN becomes scale 255 and 32 NaN codes.
+        ``data * 2^(scale - 127)``. A block that holds Inf or NaN becomes scale 255 and 32 NaN codes. These are ``out``
+        if it was given.
 
     Raises:
-        TypeError, ValueError (RuntimeError from the C++ kernel): an argument is not as above.
-        RuntimeError: x requires a gradient and grad mode is on.
+        TypeError, ValueError (RuntimeError from the C++ kernel): an argument is not as above; ``out`` is as it was.
+        RuntimeError: x or ``out`` requires a gradient and grad mode is on.
     """
-    return torch.ops.mxfp8moe.quantize_1x32(x, scale_rounding=scale_rounding)
+    if out is None:
+        return torch.ops.mxfp8moe.quantize_1x32(x, scale_rounding=scale_rounding)
+    data, scale = _pair("quantize_1x32", out, "data, scale")
+    torch.ops.mxfp8moe.quantize_1x32.out(x, scale_rounding=scale_rounding, out_data=data, out_scale=as_bytes(scale))
+    return out
 
 
 def dequantize_1x32(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -202,11 +231,11 @@ def preshuffle(
     scale = as_bytes(scale)
     if out is None:
         return torch.ops.mxfp8moe.preshuffle(weight, scale, layout=layout, gate_up=gate_up, pad_to=pad_to)
-    if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise TypeError(f"preshuffle: out is a {type(out).__name__}; it takes two tensors, (weight, scale)")
+    out_weight, out_scale = _pair("preshuffle", out, "weight, scale")
     torch.ops.mxfp8moe.preshuffle.out(
-        weight, scale, layout=layout, gate_up=gate_up, pad_to=pad_to, out_weight=out[0], out_scale=as_bytes(out[1])
-    )
+        weight, scale, layout=layout, gate_up=gate_up, pad_to=pad_to, out_weight=out_weight,
+        out_scale=as_bytes(out_scale),
+    )  # fmt: skip
     return out
 
 

@@ -9,6 +9,8 @@ constexpr int W = MXFP8MOE_WIDTH;
 constexpr int kVecs = kBlock / W;  // vectors per block
 typedef float F __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint16_t H __attribute__((vector_size(2 * W)));
+typedef uint8_t B __attribute__((vector_size(W)));
 
 #define MXFP8MOE_INLINE inline __attribute__((always_inline))
 
@@ -163,12 +165,29 @@ MXFP8MOE_INLINE F round_e4m3(F v) {
   const F magic = floats((exponent + (20 << 23)) | 0x400000);
   return (v + magic) - magic;
 }
-// The codes of what round_e4m3 returned, given the sign of what it rounded (a sum loses that of zero).
-MXFP8MOE_INLINE I encode_e4m3(F rounded, I sign) {
-  const I magnitude = bits(rounded) & 0x7FFFFFFF;
-  const I normal = (magnitude >> 20) - (120 << 3);
-  const I subnormal = bits(floats(magnitude) + 0x1p14f) & 15;  // multiples of 2^-9
-  return (magnitude < (121 << 23) ? subnormal : normal) | ((sign >> 24) & 0x80);
+// The codes of v, rounded as round_e4m3 rounds it but in the bits of the number; v is no NaN.
+MXFP8MOE_INLINE I encode_e4m3(F v) {
+  const I magnitude = bits(v) & 0x7FFFFFFF;
+  // Half an ulp of 20 dropped bits, less where that would round a tie to odd; the carry goes into the exponent.
+  const I rounded = (magnitude + ((magnitude >> 20) & 1) + (0x7FFFF - (120 << 23))) >> 20;
+  const I normal = rounded < 0x7E ? rounded : splat(0x7E);
+  const I subnormal = bits(floats(magnitude) + 0x1p14f) - splat(float_bits(0x1p14f));  // multiples of 2^-9
+  return (magnitude < (121 << 23) ? subnormal : normal) | ((bits(v) >> 24) & 0x80);
+}
+// A block's codes, one to a lane, as bytes.
+MXFP8MOE_INLINE void store_codes(uint8_t* p, const I* code) {
+#if MXFP8MOE_WIDTH == 8
+  const __m256i low = _mm256_packs_epi32((__m256i)code[0], (__m256i)code[1]);  // within halves of 128 bits
+  const __m256i high = _mm256_packs_epi32((__m256i)code[2], (__m256i)code[3]);
+  const __m256i in_turn = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), in_turn);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+#else
+  for (int i = 0; i < kVecs; ++i) {
+    const B bytes = __builtin_convertvector(code[i], B);
+    __builtin_memcpy(p + i * W, &bytes, sizeof(bytes));
+  }
+#endif
 }
 MXFP8MOE_INLINE F round_bf16(F v) {
   const I b = bits(v);
@@ -178,11 +197,19 @@ MXFP8MOE_INLINE F round_bf16(F v) {
 
 MXFP8MOE_INLINE I magnitude_bits(F v) { return bits(v) & 0x7FFFFFFF; }
 MXFP8MOE_INLINE I max_bits(I a, I b) { return a > b ? a : b; }  // of magnitudes: NaN above Inf above the finite
-inline int32_t max_lane(I v) {
-  int32_t lanes[W], largest = 0;
-  __builtin_memcpy(lanes, &v, sizeof(v));
-  for (int i = 0; i < W; ++i) largest = std::max(largest, lanes[i]);
-  return largest;
+MXFP8MOE_INLINE int32_t max_lane(I v) {  // of magnitudes
+#if MXFP8MOE_WIDTH == 4
+  return std::max(std::max(v[0], v[1]), std::max(v[2], v[3]));
+#else
+#if MXFP8MOE_WIDTH == 16
+  const __m256i half = _mm256_max_epi32(_mm512_castsi512_si256((__m512i)v), _mm512_extracti64x4_epi64((__m512i)v, 1));
+#else
+  const __m256i half = (__m256i)v;
+#endif
+  __m128i q = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  q = _mm_max_epi32(q, _mm_shuffle_epi32(q, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(q, _mm_shuffle_epi32(q, 0xB1)));
+#endif
 }
 
 // --- Values of other types ------------------------------------------------------------------------------------------
@@ -192,21 +219,13 @@ inline void load_bias(const Rows& bias, int64_t index, int64_t count, float* out
 }
 
 MXFP8MOE_INLINE F load_bf16(const char* p) {
-  int32_t lanes[W];
-  uint16_t h[W];
-  std::memcpy(h, p, sizeof(h));
-  for (int i = 0; i < W; ++i) lanes[i] = int32_t(uint32_t(h[i]) << 16);
-  I v;
-  __builtin_memcpy(&v, lanes, sizeof(v));
-  return floats(v);
+  H h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return floats(__builtin_convertvector(h, I) << 16);
 }
 MXFP8MOE_INLINE void store_bf16(char* p, F v) {
-  const I rounded = bits(round_bf16(v));
-  int32_t lanes[W];
-  __builtin_memcpy(lanes, &rounded, sizeof(rounded));
-  uint16_t h[W];
-  for (int i = 0; i < W; ++i) h[i] = uint16_t(uint32_t(lanes[i]) >> 16);
-  std::memcpy(p, h, sizeof(h));
+  const H h = __builtin_convertvector((bits(round_bf16(v)) >> 16) & 0xFFFF, H);
+  __builtin_memcpy(p, &h, sizeof(h));
 }
 
 // 32 values of type `kind` at p.
@@ -248,13 +267,9 @@ void quantize_row(const char* x, Kind kind, ScaleRounding rounding, int64_t colu
       continue;
     }
     const float inverse = inverse_scale(byte);
-    for (int i = 0; i < kVecs; ++i) {
-      const F scaled = v[i] * inverse;
-      const I code = encode_e4m3(round_e4m3(scaled), bits(scaled));
-      int32_t lanes[W];
-      __builtin_memcpy(lanes, &code, sizeof(code));
-      for (int j = 0; j < W; ++j) data[i * W + j] = uint8_t(lanes[j]);
-    }
+    I code[kVecs];
+    for (int i = 0; i < kVecs; ++i) code[i] = encode_e4m3(v[i] * inverse);
+    store_codes(data, code);
   }
 }
 

@@ -34,8 +34,8 @@ class Backend:
         """Why this backend does not serve ``call``, whose arguments are valid, or None if it does."""
         raise NotImplementedError
 
-    def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> data [..., C] e4m3fn, scale [..., C/32] uint8."""
+    def quantize_1x32(self, call: Quantize) -> None:
+        """Writes ``call.out_data`` and ``call.out_scale``."""
         raise NotImplementedError
 
     def dequantize_1x32(self, call: Dequantize) -> torch.Tensor:

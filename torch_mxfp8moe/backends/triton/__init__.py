@@ -76,22 +76,20 @@ class Triton(Backend):
         plan, target = known
         plan.run(call.op, memory, call.device, target)
 
-    def quantize_1x32(self, call: Quantize) -> tuple[torch.Tensor, torch.Tensor]:
-        from .quantize import quantize, rows
+    def quantize_1x32(self, call: Quantize) -> None:
+        from .quantize import STRIDES, quantize, rows
 
-        data = torch.empty(call.x.shape, dtype=torch.float8_e4m3fn, device=call.device)
-        scale = torch.empty(call.scale_shape, dtype=torch.uint8, device=call.device)
+        data, scale = call.outputs
         if scale.numel():
-            x = rows(call.x)
+            x = rows(call.x, STRIDES)
             self._run(call, dict(x=x, data=data, scale=scale), lambda _: quantize(x, call.scale_rounding))
-        return data, scale
 
     def dequantize_1x32(self, call: Dequantize) -> torch.Tensor:
         from .quantize import dequantize, rows
 
         out = torch.empty(call.data.shape, dtype=call.dtype, device=call.device)
         if out.numel():
-            data, scale = rows(call.data), rows(as_bytes(call.scale))
+            data, scale = rows(call.data, 1), rows(as_bytes(call.scale), 1)
             self._run(call, dict(data=data, scale=scale, out=out), lambda _: dequantize(data, scale, call.dtype))
         return out
 

@@ -10,15 +10,28 @@ from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byt
 BLOCKS_PER_PROGRAM = 64
 
 
-@triton.jit(do_not_specialize=["blocks", "row_blocks"])
+STRIDES = 3
+"""How many strides the rows that ``quantize`` reads may have."""
+
+
+@triton.jit(do_not_specialize=["blocks", "row_blocks", "middle", "inner"])
 def quantize_kernel(
-    x, data, scale, blocks: "i64", row_blocks: "i64", row_stride: "i64", ROUNDING: tl.constexpr, N: tl.constexpr
-):
-    """x, rows of ``row_blocks`` blocks ``row_stride`` elements apart -> data, scale, contiguous; N blocks a program."""
+    x, data, scale, blocks: "i64", row_blocks: "i64", middle: "i32", inner: "i32",
+    outer_stride: "i64", middle_stride: "i64", row_stride: "i64",
+    ONE_STRIDE: tl.constexpr, ROUNDING: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """x, rows of ``row_blocks`` blocks -> data, scale, contiguous; N blocks a program. The rows lie ``row_stride``
+    elements apart if ONE_STRIDE; if not, they are [_, middle, inner] with a stride for each of the three."""
     block = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     within = block < blocks
     column = tl.arange(0, BLOCK)
-    start = block // row_blocks * row_stride + block % row_blocks * BLOCK
+    start = block % row_blocks * BLOCK
+    row = block // row_blocks
+    if ONE_STRIDE:
+        start += row * row_stride
+    else:
+        row = row.to(tl.int32)  # fewer than 2^31, and quicker to divide
+        start += row // inner // middle * outer_stride + row // inner % middle * middle_stride + row % inner * row_stride
     values = cast(tl.load(x + start[:, None] + column[None, :], mask=within[:, None], other=0.0), tl.float32)
     byte = scale_byte(block_amax(values), ROUNDING)
     code = encode(values, byte[:, None])
@@ -42,18 +55,36 @@ def dequantize_kernel(
     tl.store(out + block[:, None] * BLOCK + column[None, :], cast(value, out.dtype.element_ty), mask=within[:, None])
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., C] as rows that one stride describes: a view, or a copy of a tensor that no single stride describes."""
-    return x.reshape(-1, x.shape[-1])
+def rows(x: torch.Tensor, strides: int) -> torch.Tensor:
+    """x [..., C], not empty -> the same rows [.., C] with at most ``strides`` dimensions before the last, but one: a
+    view, or a copy of a tensor whose rows take more strides to describe. Fewer than 2^31 rows if more than one."""
+    lead: list[list[int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+        if size == 1:
+            continue
+        if lead and lead[-1][1] == size * stride:
+            lead[-1] = [lead[-1][0] * size, stride]
+        else:
+            lead.append([size, stride])
+    columns = x.shape[-1]
+    if len(lead) > strides or (len(lead) > 1 and x.numel() // columns >= 2**31):
+        return x.reshape(-1, columns)
+    sizes, steps = zip(*lead or [(1, columns)])
+    return x.as_strided((*sizes, columns), (*steps, 1))
 
 
 def quantize(x: torch.Tensor, scale_rounding: str) -> Plan:
-    """x [R, C] with blocks -> data [R, C], scale [R, C/32]."""
-    row_blocks = x.shape[1] // BLOCK.value
-    blocks = x.shape[0] * row_blocks
+    """x [.., C] with blocks, as :func:`rows` makes it -> data [.., C], scale [.., C/32]."""
+    row_blocks = x.shape[-1] // BLOCK.value
+    blocks = x.numel() // BLOCK.value
+    one_stride = x.dim() == 2
+    _, middle, inner = (1,) * (4 - x.dim()) + x.shape[:-1]
+    outer_stride, middle_stride, row_stride = (0,) * (4 - x.dim()) + x.stride()[:-1]
     arguments = dict(
         x=Operand("x", x.dtype), data=Operand("data", torch.uint8), scale=Operand("scale", torch.uint8), blocks=blocks,
-        row_blocks=row_blocks, row_stride=x.stride(0), ROUNDING=scale_rounding, N=BLOCKS_PER_PROGRAM,
+        row_blocks=row_blocks, middle=middle, inner=1 if one_stride else inner, outer_stride=outer_stride,
+        middle_stride=middle_stride, row_stride=row_stride, ONE_STRIDE=one_stride, ROUNDING=scale_rounding,
+        N=BLOCKS_PER_PROGRAM,
     )  # fmt: skip
     return Plan([Launch(quantize_kernel, (triton.cdiv(blocks, BLOCKS_PER_PROGRAM),), arguments)])
 
