@@ -22,7 +22,7 @@ def run(plan, inputs: dict, outputs: dict, texts: dict[int, str] | None = None) 
 def quantize_1x32(x: torch.Tensor, scale_rounding: str, texts=None) -> tuple[torch.Tensor, torch.Tensor]:
     call = Quantize(x, scale_rounding).check()
     data, scale = torch.empty(x.shape, dtype=torch.float8_e4m3fn), torch.empty(call.scale_shape, dtype=torch.uint8)
-    rows = quantize_launches.rows(x)
+    rows = quantize_launches.rows(x, quantize_launches.STRIDES)
     run(quantize_launches.quantize(rows, scale_rounding), dict(x=rows), dict(data=data, scale=scale), texts)
     return data, scale
 

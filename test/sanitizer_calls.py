@@ -33,6 +33,9 @@ def main() -> None:
     for C in (32, 96, 2880):
         for mode in ("rceil", "floor", "ceil", "even"):
             data, scale = OPS.quantize_1x32(torch.randn(37, C, device="cuda").bfloat16(), scale_rounding=mode)
+            apart = torch.randn(4, 3, 5, C, device="cuda").transpose(1, 2)
+            data, scale = OPS.quantize_1x32(apart, scale_rounding=mode)
+            OPS.quantize_1x32.out(apart, scale_rounding=mode, out_data=data, out_scale=scale)
         OPS.dequantize_1x32(data, scale, dtype=torch.float16)
     for R, C, gate_up in ((192, 96, True), (96, 224, False)):
         weight, scale = OPS.quantize_1x32(torch.randn(3, R, C, device="cuda"))

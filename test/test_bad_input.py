@@ -23,6 +23,10 @@ def valid() -> dict[str, tuple[Callable, dict]]:
     outputs = dict(out_weight=torch.empty_like(moe["w1"]), out_scale=torch.empty_like(moe["w1_scale"]))
     return {
         "quantize_1x32": (OPS.quantize_1x32, dict(x=randn(4, 64))),
+        "quantize_1x32.out": (
+            OPS.quantize_1x32.out,
+            dict(x=randn(4, 64), out_data=torch.empty_like(data), out_scale=torch.empty_like(scale)),
+        ),
         "dequantize_1x32": (OPS.dequantize_1x32, dict(data=data, scale=scale, dtype=torch.float32)),
         "preshuffle": (OPS.preshuffle, shuffle),
         "preshuffle.out": (OPS.preshuffle.out, shuffle | outputs),
@@ -104,6 +108,66 @@ quantize_1x32: x has layout torch.sparse_coo; it takes torch.strided
 quantize_1x32: x has layout torch._mkldnn; it takes torch.strided
 quantize_1x32: scale_rounding is 'RCEIL'; it takes 'rceil', 'floor', 'ceil' or 'even'
 quantize_1x32: scale_rounding is ''; it takes 'rceil', 'floor', 'ceil' or 'even'""",
+    )
+
+
+def test_quantize_1x32_out():
+    x, out_data, out_scale = (argument("quantize_1x32.out", key) for key in ("x", "out_data", "out_scale"))
+    shared = torch.empty(4 * 64 + 4 * 2, dtype=torch.uint8)
+    both = dict(out_data=shared[: 4 * 64].view(4, 64).view(E4M3), out_scale=shared[4 * 64 - 1 : -1].view(4, 2))
+    assert_expected_inline(
+        messages(
+            "quantize_1x32.out",
+            *wrong_dtypes("quantize_1x32.out", "x", torch.float64),
+            dict(x=x[:, :33]),
+            dict(scale_rounding="RCEIL"),
+            *wrong_dtypes("quantize_1x32.out", "out_data", torch.uint8, torch.bfloat16),
+            *wrong_dtypes("quantize_1x32.out", "out_scale", torch.int8, torch.float32),
+            dict(out_data=None),
+            dict(out_scale=None),
+            dict(out_data=None, out_scale=None),
+            dict(out_data=out_data[:3]),
+            dict(out_data=out_data[0]),
+            dict(out_scale=out_scale[:, :1]),
+            dict(out_scale=out_scale.unsqueeze(0)),
+            dict(out_data=padded_rows(out_data)),
+            dict(out_data=out_data[:1].expand(4, -1)),
+            dict(out_scale=padded_rows(out_scale)),
+            dict(out_scale=every_second_column(out_scale)),
+            dict(out_data=out_data.to("meta")),
+            dict(out_scale=out_scale.to("meta")),
+            dict(out_scale=out_scale.to_sparse()),
+            dict(out_data=x.view(torch.uint8).flatten()[-256:].view(4, 64).view(E4M3)),
+            dict(out_scale=x.view(torch.uint8).flatten()[:8].view(4, 2)),
+            dict(out_scale=out_data.view(torch.uint8).flatten()[8:16].view(4, 2)),
+            both,
+        ),
+        """\
+quantize_1x32: x has dtype float64; it takes bfloat16, float16 or float32
+quantize_1x32: x has 33 columns; it takes a last dimension divisible by 32
+quantize_1x32: scale_rounding is 'RCEIL'; it takes 'rceil', 'floor', 'ceil' or 'even'
+quantize_1x32: out_data has dtype uint8; it takes float8_e4m3fn
+quantize_1x32: out_data has dtype bfloat16; it takes float8_e4m3fn
+quantize_1x32: out_scale has dtype int8; it takes uint8 or float8_e8m0fnu
+quantize_1x32: out_scale has dtype float32; it takes uint8 or float8_e8m0fnu
+quantize_1x32: out_data is None; it takes a tensor of float8_e4m3fn
+quantize_1x32: out_scale is None; it takes a tensor of uint8 or float8_e8m0fnu
+quantize_1x32: out_data and out_scale are None; they take tensors
+quantize_1x32: out_data has shape [3, 64]; it takes [4, 64] (the shape of x)
+quantize_1x32: out_data has 1 dimensions; it takes [4, 64] (the shape of x)
+quantize_1x32: out_scale has shape [4, 1]; it takes [4, 2] (the shape of x, C/32 for C)
+quantize_1x32: out_scale has 3 dimensions; it takes [4, 2] (the shape of x, C/32 for C)
+quantize_1x32: out_data has strides [128, 1]; it takes contiguous memory
+quantize_1x32: out_data has strides [0, 1]; it takes contiguous memory
+quantize_1x32: out_scale has strides [4, 1]; it takes contiguous memory
+quantize_1x32: out_scale has strides [4, 2]; it takes a last stride of 1 (call .contiguous())
+quantize_1x32: out_data is on meta; it takes the device of x, cpu
+quantize_1x32: out_scale is on meta; it takes the device of x, cpu
+quantize_1x32: out_scale has layout torch.sparse_coo; it takes torch.strided
+quantize_1x32: out_data shares memory with x; it takes memory of its own, since inputs are read while it is written
+quantize_1x32: out_scale shares memory with x; it takes memory of its own, since inputs are read while it is written
+quantize_1x32: out_scale shares memory with out_data; it takes memory of its own, since inputs are read while it is written
+quantize_1x32: out_scale shares memory with out_data; it takes memory of its own, since inputs are read while it is written""",
     )
 
 
@@ -650,6 +714,8 @@ def test_typed_entry_points():
     shuffle = dict(layout="row_major", gate_up=True)
     lines = [
         error_of(lambda: torch_mxfp8moe.quantize_1x32(None)),
+        error_of(lambda: torch_mxfp8moe.quantize_1x32(torch.zeros(2, 32), out=inputs["w1"])),
+        error_of(lambda: torch_mxfp8moe.quantize_1x32(torch.zeros(2, 32), out=(inputs["w1"], None))),
         error_of(lambda: torch_mxfp8moe.dequantize_1x32(inputs["w1"], None)),
         error_of(lambda: torch_mxfp8moe.preshuffle(inputs["w1"], None, **shuffle)),
         error_of(lambda: torch_mxfp8moe.preshuffle(inputs["w1"], inputs["w1_scale"], **shuffle, out=inputs["w1"])),
@@ -661,6 +727,8 @@ def test_typed_entry_points():
         "\n".join(lines),
         """\
 quantize_1x32: x is None; it takes a tensor of bfloat16, float16 or float32
+quantize_1x32: out is a Tensor; it takes two tensors, (data, scale)
+quantize_1x32: out_scale is None; it takes a tensor of uint8 or float8_e8m0fnu
 dequantize_1x32: scale is None; it takes a tensor of uint8 or float8_e8m0fnu
 preshuffle: scale is None; it takes a tensor of uint8 or float8_e8m0fnu
 preshuffle: out is a Tensor; it takes two tensors, (weight, scale)
@@ -690,6 +758,12 @@ def test_out_is_as_it_was_after_an_error(backend):
     for wrong in (dict(swiglu_limit=-1.0), dict(topk_ids=argument("fused_moe", "topk_ids")[:3]), dict(backend="x")):
         error_of(lambda: op(**dict(arguments, out=out, backend=backend) | wrong))
         assert (out == 5).all()
+    op, arguments = CALLS["quantize_1x32.out"]
+    outputs = [torch.full_like(arguments[key].view(torch.uint8), 5) for key in ("out_data", "out_scale")]
+    named = dict(out_data=outputs[0].view(E4M3), out_scale=outputs[1])
+    for wrong in (dict(scale_rounding="x"), dict(x=randn(3, 64)), dict(out_scale=outputs[1][:3])):
+        error_of(lambda: op(**arguments | named | wrong))
+        assert all((x == 5).all() for x in outputs)
     op, arguments = CALLS["preshuffle.out"]
     outputs = [torch.full_like(arguments[key].view(torch.uint8), 5) for key in ("out_weight", "out_scale")]
     named = dict(out_weight=outputs[0].view(E4M3), out_scale=outputs[1])
@@ -702,6 +776,10 @@ def test_the_fake_kernels_raise_the_same():
     """What tracing sees is what running would say."""
     changes = {
         "quantize_1x32": [dict(x=randn(3, 33)), dict(scale_rounding="up"), dict(x=randn(2, 32).double())],
+        "quantize_1x32.out": [
+            dict(out_data=torch.zeros(4, 32).to(E4M3)), dict(out_scale=torch.zeros(2, 4).byte().t()),
+            dict(out_data=None), dict(out_data=None, out_scale=None),
+        ],
         "dequantize_1x32": [dict(scale=torch.zeros(4, 3).byte()), dict(dtype=torch.float64)],
         "preshuffle": [dict(pad_to=33), dict(layout="aiter_gfx950"), dict(scale=torch.zeros(3, 64, 1).byte())],
         "preshuffle.out": [
@@ -733,7 +811,7 @@ ALLOWED = {
     "x": (torch.bfloat16, torch.float16, torch.float32),
     "hidden_states": (torch.bfloat16, torch.float16, torch.float32),
     "out": (torch.bfloat16, torch.float16, torch.float32),
-    **dict.fromkeys(("data", "weight", "w1", "w2", "out_weight"), (E4M3,)),
+    **dict.fromkeys(("data", "weight", "w1", "w2", "out_weight", "out_data"), (E4M3,)),
     **dict.fromkeys(("scale", "w1_scale", "w2_scale", "out_scale", "hidden_states_scale"), (torch.uint8, E8M0)),
     **dict.fromkeys(
         ("topk_weights", "w1_bias", "w2_bias"), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -785,8 +863,11 @@ def random_call(rng: random.Random) -> tuple[str, Callable, dict]:
             arguments["out"] = torch.full(shape, 5.0, dtype=rng.choice(ALLOWED["out"]))
         if rng.random() < 0.3:
             arguments["backend"] = "reference"
-    elif name == "quantize_1x32":
+    elif name.startswith("quantize_1x32"):
         arguments = dict(x=randn(rng.randint(0, 4), H, seed=seed, dtype=rng.choice(ALLOWED["x"])))
+        if name.endswith("out"):
+            data, scale = torch_mxfp8moe.quantize_1x32(arguments["x"])
+            arguments |= dict(out_data=data, out_scale=scale)
     elif name == "dequantize_1x32":
         data, scale = torch_mxfp8moe.quantize_1x32(randn(rng.randint(0, 4), H, seed=seed))
         arguments = dict(data=data, scale=scale, dtype=rng.choice(ALLOWED["x"]))

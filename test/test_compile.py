@@ -80,6 +80,46 @@ call_function mxfp8moe.dequantize_1x32""",
     )
 
 
+def quantized_into(x):
+    """What is written, and the buffers around it."""
+    data, scale = torch.zeros(5, 64, dtype=torch.uint8), torch.zeros(5, 2, dtype=torch.uint8)
+    torch_mxfp8moe.quantize_1x32(x, out=(data[1:4].view(torch.float8_e4m3fn), scale[1:4]))
+    return torch.add(data, 1), torch.add(scale, 1)
+
+
+def test_nodes_of_quantize_out():
+    assert_expected_inline(
+        captured(quantized_into, randn(3, 64)),
+        """\
+call_function <built-in method zeros>
+call_function <built-in method zeros>
+call_function <built-in function getitem>
+call_method view
+call_function <built-in function getitem>
+call_function mxfp8moe.quantize_1x32.out
+call_function <built-in method add>
+call_function <built-in method add>""",
+    )
+
+
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=needs_compiler)))
+def test_quantize_out_in_a_compiled_graph(backend):
+    """Into buffers of the graph and into those of its caller, which a graph may read before and after."""
+
+    def function(x, data, scale):
+        before = torch.add(scale, 1)
+        torch_mxfp8moe.quantize_1x32(torch.mul(x, 2), out=(data, scale))
+        return before, torch.add(scale, 1), *quantized_into(x)
+
+    x = randn(3, 64)
+    outputs = [[torch.zeros(3, 64).to(torch.float8_e4m3fn), torch.zeros(3, 2).byte()] for _ in range(2)]
+    want = function(x, *outputs[0])
+    got = torch.compile(function, backend=backend, fullgraph=True)(x, *outputs[1])
+    assert all(same_bytes(a, b) for a, b in zip(got, want, strict=True))
+    assert all(same_bytes(*pair) for pair in zip(*outputs, strict=True))
+    assert all(x._version for x in outputs[1]) and outputs[1][1].any()
+
+
 def test_nodes_of_preshuffle():
     def function(weight, scale):
         return torch_mxfp8moe.preshuffle(weight, scale, layout="aiter_gfx950", gate_up=False, pad_to=128)
@@ -160,8 +200,15 @@ call_function mxfp8moe.fused_moe""",
 # --- token counts
 
 
+def quantize_out(x):
+    data, scale = torch.empty(x.shape, dtype=torch.float8_e4m3fn), torch.empty(x.shape[0], 2, dtype=torch.uint8)
+    torch_mxfp8moe.quantize_1x32(x, out=(data, scale))
+    return torch.add(scale, 1)
+
+
 FUNCTIONS = {
     "quantize_1x32": lambda x, *_: torch_mxfp8moe.quantize_1x32(x)[0],
+    "quantize_1x32.out": lambda x, *_: quantize_out(x),
     "dequantize_1x32": lambda x, *_: torch_mxfp8moe.dequantize_1x32(*torch_mxfp8moe.quantize_1x32(x)),
     "fused_moe": moe,
     "fused_moe.out": moe_out,

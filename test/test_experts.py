@@ -27,8 +27,9 @@ from helpers import (
     same_bytes,
 )
 from torch_mxfp8moe import LAYOUTS, Mxfp8Experts, SharedExpert, dispatch, experts, fused_moe
-from torch_mxfp8moe import expert_parallel_map, tensor_parallel_range
+from torch_mxfp8moe import expert_parallel_map, reference, tensor_parallel_range
 from torch_mxfp8moe.backends import Backend
+from torch_mxfp8moe.experts import GATE_UP_ORDERS
 
 OAI = dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=7.0)
 WEIGHTS = ("w1", "w2", "w1_scale", "w2_scale", "w1_bias", "w2_bias")
@@ -452,12 +453,16 @@ def test_updates_write_the_same_storage(layout, high_precision):
 
 
 class Calls(TorchDispatchMode):
+    """The names of what is called, and which of them return views."""
+
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.views = [], set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(str(func))
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            self.views.add(str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -518,16 +523,39 @@ def test_what_is_rearranged_moves_in_words(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_interleaved_rows_are_quantised_where_they_lie(layout):
-    """One stride describes the rows that an op is given, so that no kernel has to copy them first."""
-    w1, w2 = randn(4, 256, 256, dtype=torch.bfloat16), randn(4, 256, 128, dtype=torch.bfloat16)
-    module = Mxfp8Experts.from_weights(w1, w2, layout=layout)
-    want = Mxfp8Experts.from_weights(torch.cat([w1[:, ::2], w1[:, 1::2]], 1), w2, layout=layout)
-    with Moved() as moved:
-        module.update_weights(w1, w2, gate_up_order="interleaved")
+@pytest.mark.parametrize("order", GATE_UP_ORDERS)
+@pytest.mark.parametrize("split", ({}, dict(tp_rank=1, tp_size=2), dict(ep_rank=1, ep_size=2)), ids=str)
+@pytest.mark.parametrize("experts", (None, (2, 3), (1, 2, 3), (3,)), ids=str)
+def test_high_precision_is_rounded_where_it_lies(layout, order, split, experts):
+    """Whole or in part, the op reads what was given and, in row_major, writes the buffers: nothing else touches data."""
+    w1, w2 = randn(4, 512, 256, dtype=torch.bfloat16), randn(4, 256, 256, dtype=torch.bfloat16)
+    module = Mxfp8Experts(4, 256, 256, layout=layout, **split, device=DEVICE)
+    want = Mxfp8Experts(4, 256, 256, layout=layout, **split, device=DEVICE)
+    ids = range(4) if experts is None else experts
+    part = {name: x[ids[0] :] for name, x in dict(w1=w1, w2=w2).items()}
+    data = {name: reference.quantize_1x32(x) for name, x in part.items()}
+    for name, (codes, scale) in data.items():
+        want.update_weights(**{name: codes, f"{name}_scale": scale}, experts=ids, gate_up_order=order)
+    with Calls() as calls, Moved() as moved:
+        module.update_weights(**part, experts=experts, gate_up_order=order)
     assert same_buffers(module, want)
-    assert [x.data_ptr() for x in moved.quantised] == [w1.data_ptr(), w2.data_ptr()]
-    assert all(x.is_contiguous() for x in moved.quantised)
+    within = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (w1, w2)]
+    assert all(first <= x.data_ptr() < end for x, (first, end) in zip(moved.quantised, within, strict=True))
+    if layout == "row_major":
+        assert [name for name in calls.names if name not in calls.views] == ["mxfp8moe.quantize_1x32.out"] * 2
+
+
+def test_what_cannot_be_viewed_is_rounded_first():
+    """Experts with gaps between them, or values that lie apart."""
+    w1, w2 = randn(4, 256, 256, dtype=torch.bfloat16), randn(4, 128, 256, dtype=torch.bfloat16).transpose(1, 2)
+    want = Mxfp8Experts.from_weights(w1, w2.contiguous())
+    module = Mxfp8Experts(4, 256, 128, device=DEVICE)
+    for ids in ([3, 0], [1, 2]):
+        module.update_weights(w1[ids], torch.stack([w2[e] for e in ids]), experts=ids)
+    assert same_buffers(module, want)
+    whole = Mxfp8Experts(4, 256, 128, device=DEVICE)
+    whole.update_weights(w1, w2)
+    assert same_buffers(whole, want)
 
 
 def test_updates_in_and_out_of_inference_mode():

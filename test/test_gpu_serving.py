@@ -133,9 +133,12 @@ def test_every_op_is_captured():
     weight, scale = OPS.quantize_1x32(torch.randn(3, 256, 512, device="cuda"))
     x = torch.randn(9, 512, device="cuda")
     out = torch.empty_like(weight), torch.empty(3 * 256, 16, dtype=torch.uint8, device="cuda")
+    lies = torch.randn(2, 3, 2, 512, device="cuda").transpose(1, 2)  # rows that take three strides
+    codes = torch.empty(lies.shape, dtype=weight.dtype, device="cuda"), torch.empty(2, 2, 3, 16).byte().cuda()
     results = []
 
     def step():
+        OPS.quantize_1x32.out(lies, out_data=codes[0], out_scale=codes[1])
         data = OPS.quantize_1x32(x)
         OPS.preshuffle.out(weight, scale, layout="aiter_gfx950", gate_up=True, out_weight=out[0], out_scale=out[1])
         results[:] = [*data, OPS.dequantize_1x32(*data, dtype=torch.bfloat16)]
@@ -143,10 +146,12 @@ def test_every_op_is_captured():
     graph = captured(step)
     for _ in range(3):
         x.normal_()
+        lies.normal_()
         fresh = OPS.quantize_1x32(torch.randn(3, 256, 512, device="cuda"))
         weight.copy_(fresh[0])
         scale.copy_(fresh[1])
         graph.replay()
+        assert all(map(same_bytes, codes, reference.quantize_1x32(lies)))
         data = reference.quantize_1x32(x)
         assert same_bytes(results[0], data[0]) and same_bytes(results[1], data[1])
         assert same_bytes(results[2], reference.dequantize_1x32(*data, torch.bfloat16))

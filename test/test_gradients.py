@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import torch_mxfp8moe
-from helpers import OPS, moe_inputs, needs_extension, randn, same_bytes
+from helpers import OPS, error_of, moe_inputs, needs_extension, randn, same_bytes
 
 MESSAGE = "inference only"
 NO_TRANSFORM = "no rule for torch.func transforms"
@@ -23,6 +23,11 @@ def cases() -> dict:
     out = dict(out_weight=torch.empty_like(moe["w1"]), out_scale=torch.empty_like(moe["w1_scale"]))
     calls = {
         "quantize_1x32": (OPS.quantize_1x32.default, dict(x=x), ("x",)),
+        "quantize_1x32.out": (
+            OPS.quantize_1x32.out,
+            dict(x=x, out_data=torch.empty_like(data), out_scale=torch.empty_like(scale)),
+            ("x", "out_data"),
+        ),
         "dequantize_1x32": (OPS.dequantize_1x32.default, dict(data=data, scale=scale, dtype=torch.float32), ("data",)),
         "preshuffle": (OPS.preshuffle.default, shuffle, ("weight",)),
         "preshuffle.out": (OPS.preshuffle.out, shuffle | out, ("weight", "out_weight")),
@@ -170,6 +175,45 @@ def test_exported_program():
     module(randn(4, 64))
     with pytest.raises(REFUSED, match=MESSAGE):
         module(randn(4, 64).requires_grad_())
+
+
+def test_a_write_to_what_backward_saved():
+    """Out variants count their writes: backward then raises, instead of a gradient of what was written since."""
+    moe = moe_inputs(dtype=torch.float32)
+    out = torch.randn(4, 64)
+    loss = (torch.ones(64).requires_grad_() * out).sum()
+    OPS.fused_moe.out(**moe, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("context", (torch.enable_grad, torch.no_grad, torch.inference_mode))
+def test_writes_are_counted(context, backend):
+    """For an output, for the tensor that it is a view of, in every mode."""
+    moe, buffer = moe_inputs(), torch.zeros(3, 6, 64)
+    data, scale = torch_mxfp8moe.quantize_1x32(buffer)
+    shuffle = dict(weight=moe["w1"], scale=moe["w1_scale"], layout="row_major", gate_up=True)
+    shuffled = torch.empty_like(moe["w1"]), torch.empty_like(moe["w1_scale"])
+    wrong = error_of(lambda: OPS.fused_moe.out(**moe, out=buffer[0, :3]))
+    assert "out has shape" in wrong and buffer._version == 0
+    with context():
+        OPS.fused_moe.out(**moe, backend=backend, out=buffer[1, :4])
+        OPS.quantize_1x32.out(torch.ones(6, 64), out_data=data[1], out_scale=scale[1])
+        OPS.preshuffle.out(**shuffle, out_weight=shuffled[0], out_scale=shuffled[1])
+    assert all(x._version >= 1 for x in (buffer, data, scale, *shuffled))
+    assert all(x._version == 0 for x in moe.values())
+
+
+def test_outputs_that_count_nothing():
+    """Tensors made in inference mode have no counter; they may be written outside of it."""
+    moe = moe_inputs()
+    with torch.inference_mode():
+        out = torch.zeros(4, 64)
+        data, scale = torch_mxfp8moe.quantize_1x32(torch.zeros(4, 64))
+    OPS.fused_moe.out(**moe, out=out)
+    OPS.quantize_1x32.out(torch.ones(4, 64), out_data=data, out_scale=scale)
+    assert out.any() and data.view(torch.uint8).any()
 
 
 def test_function_transforms(case):

@@ -1,5 +1,7 @@
 """``quantize_1x32``: the bytes are torchao's; Inf and NaN are carried on; any shape and row stride."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,8 @@ import torch_mxfp8moe
 from device import DEVICE
 from helpers import E4M3, E8M0, FLOATS, MODES, OPS, as_bytes, check_op, generator, kernels, randn, same_bytes, small
 from torch_mxfp8moe import formats, reference
+from torch_mxfp8moe.arguments import Quantize
+from torch_mxfp8moe.backends import registered
 
 QUANTIZERS = {
     "op": lambda x, mode: OPS.quantize_1x32(x, scale_rounding=mode),
@@ -202,6 +206,60 @@ def test_input_seen_through_a_negative_view(quantize):
         assert same_bytes(got, want)
 
 
+def outputs_within(x: torch.Tensor, scale_dtype: torch.dtype = torch.uint8):
+    """Buffers full of 0xAB, and outputs for x in the middle of them."""
+    shapes = x.shape, (*x.shape[:-1], x.shape[-1] // 32)
+    buffers = [torch.full((math.prod(shape) + 70,), 0xAB, dtype=torch.uint8, device=DEVICE) for shape in shapes]
+    data, scale = (b[35 : b.numel() - 35].view(shape) for b, shape in zip(buffers, shapes, strict=True))
+    return buffers, data.view(E4M3), scale.view(scale_dtype)
+
+
+@small
+@kernels
+@given(
+    st.lists(st.integers(0, 4), max_size=4),
+    st.integers(0, 4),
+    st.permutations(range(4)),
+    st.integers(1, 3),
+    st.sampled_from(FLOATS),
+    st.sampled_from((torch.uint8, E8M0)),
+    st.sampled_from(MODES),
+    st.integers(0, 2**31),
+)
+def test_out_writes_existing_memory(lead, blocks, order, step, dtype, scale_dtype, mode, seed):
+    """Rows of any strides into slices of larger buffers: the reference's bytes, and nothing beside them changes."""
+    x = randn(*(step * n for n in lead), 32 * blocks + 5, seed=seed, dtype=dtype)
+    x = x[(*(slice(None, None, step) for _ in lead), slice(5, None))]
+    x = x.permute(*(i for i in order if i < len(lead)), -1)
+    before = x.clone()
+    buffers, data, scale = outputs_within(x, scale_dtype)
+    assert OPS.quantize_1x32.out(x, scale_rounding=mode, out_data=data, out_scale=scale) is None
+    want_data, want_scale = reference.quantize_1x32(x, mode)
+    assert same_bytes(data, want_data) and same_bytes(scale.view(torch.uint8), want_scale)
+    assert all((b[:35] == 0xAB).all() and (b[-35:] == 0xAB).all() for b in buffers)
+    assert same_bytes(x, before)
+
+
+@small
+def test_typed_out_returns_what_it_was_given():
+    x = randn(3, 64)
+    for scale_dtype in (torch.uint8, E8M0):
+        _, data, scale = outputs_within(x, scale_dtype)
+        got = torch_mxfp8moe.quantize_1x32(x, "even", out=(data, scale))
+        assert got[0] is data and got[1] is scale
+        want = reference.quantize_1x32(x, "even")
+        assert same_bytes(data, want[0]) and same_bytes(scale.view(torch.uint8), want[1])
+
+
+def test_out_on_the_reference():
+    """Which serves no CPU tensor where the C++ kernels are there, but is what they are held to."""
+    x = randn(3, 4, 64).transpose(0, 1)
+    _, data, scale = outputs_within(x, E8M0)
+    registered()["reference"].quantize_1x32(Quantize(x, "ceil", data, scale).check(writes_out=True))
+    want = reference.quantize_1x32(x, "ceil")
+    assert same_bytes(data, want[0]) and same_bytes(scale.view(torch.uint8), want[1])
+
+
 def test_typed_entry_point():
     x = randn(3, 64)
     for mode in MODES:
@@ -240,6 +298,15 @@ def test_round_trip_is_exact_on_what_mxfp8_holds():
 @pytest.mark.parametrize("shape", ((4, 64), (32,), (2, 0, 64), (3, 2, 32)), ids=str)
 def test_opcheck(dtype, mode, shape):
     check_op(OPS.quantize_1x32.default, (randn(*shape, dtype=dtype),), dict(scale_rounding=mode))
+
+
+@pytest.mark.parametrize("scale_dtype", (torch.uint8, E8M0), ids=str)
+@pytest.mark.parametrize("shape", ((4, 64), (32,), (2, 0, 64), (3, 2, 32)), ids=str)
+def test_opcheck_out(shape, scale_dtype):
+    x = randn(*shape, dtype=torch.bfloat16)
+    data, scale = (torch.empty_like(x) for x in reference.quantize_1x32(x))
+    data.view(torch.uint8).zero_()  # opcheck compares values, and NaN is none
+    check_op(OPS.quantize_1x32.out, (x,), dict(out_data=data, out_scale=scale.zero_().view(scale_dtype)))
 
 
 def test_opcheck_strided():

@@ -406,3 +406,31 @@ def test_workspace_of_a_large_layer(arch):
         for T in (64, 8192, 10**6):
             sizes[T] = plan(row.call(T, "meta", out_dtype=dtype).with_out(), Target(arch)).workspace
         assert sizes[64] < 16 * 2**20 and sizes[8192] < 2**30 and sizes[10**6] < 1.02 * LARGEST_WORKSPACE
+
+
+# --- rows
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "shape, stride, strides",
+    (
+        ((64,), (1,), 1),
+        ((1, 1, 64), (7, 3, 1), 1),
+        ((2, 3, 64), (3 * 80, 80, 1), 1),
+        ((5, 3, 64), (0, 0, 1), 1),
+        ((2, 3, 64), (0, 80, 1), 2),
+        ((2, 2, 3, 64), (6 * 64, 64, 2 * 64, 1), 3),  # gate and up rows in turn
+        ((2, 1, 3, 64), (6 * 64, 64, 2 * 64, 1), 1),
+        ((2, 3, 2, 3, 64), (96 * 64, 24 * 64, 9 * 64, 2 * 64, 1), 4),
+    ),
+)
+def test_rows_are_copied_only_if_too_many_strides_describe_them(shape, stride, strides):
+    from torch_mxfp8moe.backends.triton.quantize import STRIDES, rows
+
+    x = torch.randn(20000).as_strided(shape, stride)
+    for most in (1, STRIDES):
+        got = rows(x, most)
+        assert torch.equal(got.reshape(shape), x)
+        assert got.dim() - 1 == (strides if strides <= most else 1)
+        assert (got.data_ptr() == x.data_ptr()) == (strides <= most)

@@ -256,6 +256,8 @@ def test_quantize_and_dequantize(arch, record_property):
         if SCOPE == 2 or (mode == "rceil") + (dtype is torch.bfloat16) + SCOPE >= 2:
             x = empty(64, 2880, dtype=dtype)
             parts += quantize.quantize(x, mode).bind(memory | {"x": x}, device)
+            apart = empty(4, 8, 2, 2880, dtype=dtype).transpose(1, 2)
+            parts += quantize.quantize(apart, mode).bind(memory | {"x": apart}, device)
     for dtype in FLOATS if SCOPE else (torch.bfloat16,):
         data, scale = (memory[name] for name in ("data", "scale"))
         parts += quantize.dequantize(data, scale, dtype).bind(memory | {"out": empty(64, 2880, dtype=dtype)}, device)

@@ -551,8 +551,8 @@ class Mxfp8Experts(nn.Module):
         if scale is None:
             data = data if data.stride(-1) == 1 else data.contiguous()
             if row_major and isinstance(slots, slice) and not new_on:
-                out = (x[slots].unflatten(1, (2, -1)) if gate_up else x[slots] for x in self._pair(name))
-                quantize_1x32(data, scale_rounding, out=tuple(out))
+                weight, scales = (x[slots].unflatten(1, (2, -1)) if gate_up else x[slots] for x in self._pair(name))
+                quantize_1x32(data, scale_rounding, out=(weight, scales))
                 return
             data, scale = quantize_1x32(data, scale_rounding)
             data = data.view(torch.uint8)

@@ -31,7 +31,8 @@ def quantize_kernel(
         start += row * row_stride
     else:
         row = row.to(tl.int32)  # fewer than 2^31, and quicker to divide
-        start += row // inner // middle * outer_stride + row // inner % middle * middle_stride + row % inner * row_stride
+        group = row // inner
+        start += group // middle * outer_stride + group % middle * middle_stride + row % inner * row_stride
     values = cast(tl.load(x + start[:, None] + column[None, :], mask=within[:, None], other=0.0), tl.float32)
     byte = scale_byte(block_amax(values), ROUNDING)
     code = encode(values, byte[:, None])
@@ -56,8 +57,8 @@ def dequantize_kernel(
 
 
 def rows(x: torch.Tensor, strides: int) -> torch.Tensor:
-    """x [..., C], not empty -> the same rows [.., C] with at most ``strides`` dimensions before the last, but one: a
-    view, or a copy of a tensor whose rows take more strides to describe. Fewer than 2^31 rows if more than one."""
+    """x [..., C], not empty -> its rows with 1 to ``strides`` dimensions for them: a view, or a copy with one of a
+    tensor that takes more strides to describe, or several for 2^31 rows and more."""
     lead: list[list[int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
         if size == 1:
@@ -74,7 +75,7 @@ def rows(x: torch.Tensor, strides: int) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, scale_rounding: str) -> Plan:
-    """x [.., C] with blocks, as :func:`rows` makes it -> data [.., C], scale [.., C/32]."""
+    """x with blocks, as :func:`rows` makes it for ``STRIDES`` -> data and scale, contiguous."""
     row_blocks = x.shape[-1] // BLOCK.value
     blocks = x.numel() // BLOCK.value
     one_stride = x.dim() == 2
