@@ -186,7 +186,7 @@ bool overlap(const View& a, const View& b) {
   return true;
 }
 
-Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
+Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype, int32_t device, int32_t index) {
   int64_t strides[64], stride = 1;
   if (dim > 64) throw std::runtime_error("mxfp8moe: more than 64 dimensions");
   for (int64_t i = dim - 1; i >= 0; --i) {
@@ -194,8 +194,11 @@ Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
     stride *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle handle;
-  check(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  check(aoti_torch_empty_strided(dim, sizes, strides, dtype, device, index, &handle));
   return Tensor(handle);
+}
+Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
+  return empty(dim, sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 template <size_t N>
@@ -548,7 +551,22 @@ void signature(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = box(number);
 }
 
+// New ids [T, K + 1] int32, weights [T, K + 1] fp32 and mask [E + 1] int32 on the device of topk_ids [T, K]: one call from
+// Python instead of three.
+std::tuple<Tensor, Tensor, Tensor> new_routes(const Tensor& topk_ids_, int64_t experts) {
+  const View topk_ids(topk_ids_);
+  if (topk_ids.dim != 2) throw std::runtime_error("mxfp8moe::_new_routes: topk_ids has a wrong number of dimensions");
+  int32_t device, index;
+  check(aoti_torch_get_device_type(topk_ids.handle, &device));
+  check(aoti_torch_get_device_index(topk_ids.handle, &index));
+  const int64_t routes[] = {topk_ids.sizes[0], topk_ids.sizes[1] + 1}, slots[] = {experts + 1};
+  return {
+      empty(2, routes, dtypes().i32, device, index), empty(2, routes, dtypes().f32, device, index),
+      empty(1, slots, dtypes().i32, device, index)};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CompositeExplicitAutograd, m) {
+  m.impl("_new_routes", TORCH_BOX(&new_routes));
   m.impl("_signature", &signature);
 }
 

@@ -35,13 +35,14 @@ from helpers import (
     check_op,
     error_of,
     moe_inputs,
+    needs_extension,
     only_cpu,
     relative_l2,
     run_python,
     same_bytes,
 )
 from test_triton import needs_triton, on_gpu
-from torch_mxfp8moe import dispatch, reference
+from torch_mxfp8moe import dispatch, extension, reference
 from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.backends import aiter as backend
 from torch_mxfp8moe.backends import registered, triton
@@ -726,7 +727,21 @@ def test_nothing_is_read_on_the_host(served):
         patch.setattr(backend.Aiter, "_routes", ROUTES)
         patch.setattr(backend.TRITON, "target", lambda device: None)
         assert here.why_not(call) is None and here.new_fused_moe(call) is result
-    assert ran == ["aten.empty_strided.default"] * 3 + ["routes"] + ["aten.detach.default"] * 2
+    memory = ["aten.empty_strided.default"] * 3 if extension.MODULE is None else ["mxfp8moe._new_routes.default"]
+    assert ran == [*memory, "routes"] + ["aten.detach.default"] * 2
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", ((5, 4), (1, 1), (0, 3)), ids=str)
+def test_memory_of_routes(shape):
+    """The C++ kernel allocates what Python does: new tensors in each call."""
+    topk_ids = torch.zeros(shape, dtype=torch.int64)
+    first, second, want = (make(topk_ids, 7) for make in (*[backend._empty_routes_at_once] * 2, backend._empty_routes))
+    for x, other, y in zip(first, second, want, strict=True):
+        assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
+        assert not x.numel() or x.data_ptr() != other.data_ptr()
+    with pytest.raises(RuntimeError, match="_new_routes: topk_ids has a wrong number of dimensions"):
+        backend._empty_routes_at_once(topk_ids[0] if shape[0] else topk_ids.flatten(), 7)
 
 
 def test_a_gpu_that_is_not_the_current_one(served, monkeypatch):

@@ -136,6 +136,8 @@ def check(units: int) -> int:
 class _NoLaunch:
     """A compiled kernel that launches nothing."""
 
+    run = None
+
     def __getitem__(self, grid):
         return lambda *arguments, stream: None
 
@@ -156,14 +158,7 @@ def _pretend_gfx950() -> None:
     aiter._architecture = lambda device: "gfx950"
     aiter.TRITON.why_unavailable = lambda: None
     aiter.TRITON.target = lambda device: "gfx950"
-    launch.Launch.compiled = lambda self: SimpleNamespace(run=None)
-    ready = launch._Ready.__init__
-
-    def without_kernel(self, *arguments):
-        ready(self, *arguments)
-        self.kernel = _NoLaunch()
-
-    launch._Ready.__init__ = without_kernel
+    launch.Launch.compiled = lambda self: _NoLaunch()
     driver.set_active(SimpleNamespace(get_current_stream=lambda device: 0))
     launch.Plan.run = lambda self, op, memory, device, target: self._run(op, memory, device, target)
     # CPU tensors would go to the C++ kernel, which those of a GPU do not.

@@ -9,7 +9,7 @@ What calls of one kind have in common is found once (:class:`Kind`): the host wo
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -86,9 +86,14 @@ def _described(tensors: Sequence[torch.Tensor | None]) -> tuple | None:
     return tuple(result)
 
 
+@cache
+def _signature_op() -> Callable[[Sequence[torch.Tensor | None]], int]:
+    return torch.ops.mxfp8moe._signature.default
+
+
 def _numbered(tensors: Sequence[torch.Tensor | None]) -> int | None:
     """The same by the C++ kernel, in half the time."""
-    number = torch.ops.mxfp8moe._signature.default(tensors)
+    number = _signature_op()(tensors)
     return None if number < 0 else number
 
 

@@ -56,6 +56,7 @@ _REFUSED_SCHEMAS = {
 # Private C++ kernels that Python calls.
 _EXTENSION_SCHEMAS = {
     "_signature": "(Tensor?[] tensors) -> int",
+    "_new_routes": "(Tensor topk_ids, int experts) -> (Tensor, Tensor, Tensor)",
     "_scatter_rows": "(Tensor source, Tensor rows, Tensor columns, Tensor(a!) out) -> ()",
 }
 

@@ -141,7 +141,8 @@ class _Ready:
     """A launch whose kernel is compiled and loaded, waiting for addresses."""
 
     def __init__(self, launch: Launch, kernel: CompiledKernel, memory: dict[str, torch.Tensor]):
-        self.kernel, self.grid = kernel, (*launch.grid, 1, 1)[:3]
+        self.kernel = kernel
+        self.launch = kernel[(*launch.grid, 1, 1)[:3]]
         self.arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
         self.pointers, self.described = [], []
         for i, argument in enumerate(self.arguments):
@@ -167,7 +168,7 @@ class _Ready:
             arguments[i] = addresses[source] + offset
         for i, source, offset, descriptor in self.described:
             arguments[i] = self._descriptor(i, descriptor, addresses[source] + offset)
-        self.kernel[self.grid](*arguments, stream=stream)
+        self.launch(*arguments, stream=stream)
 
 
 class Plan:
@@ -218,7 +219,8 @@ class Plan:
                 self._run(op, memory, device, target)
 
     def _run(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
-        memory = self._with_workspace(memory, device)
+        if self.workspace:
+            memory = self._with_workspace(memory, device)
         if self._ready is None:
             self._ready = self._prepare(op, memory, target)
         addresses = {name: x.data_ptr() for name, x in memory.items()}
