@@ -6,8 +6,9 @@
 
 Each try has a fresh environment, PYTHON or PYTHON:REQUIREMENT. Without a requirement PYTHON's own torch is used; with
 one it is installed from the package index, where a build for GPUs takes several GB. What a try runs: the import, the
-ops on the C++ kernels against the reference, opcheck, a whole compiled graph, an export. Prints a row for each, with
-the SHA-256 of the ops' bytes, which has to be the same in all; ends with status 1 where one failed or differs.
+ops on the C++ kernels against the reference, out variants, opcheck, a whole compiled graph, an export. Prints a row for
+each, with the SHA-256 of the ops' bytes, which has to be the same in all; ends with status 1 where one failed or
+differs.
 """
 
 import argparse
@@ -31,11 +32,18 @@ if extension.MODULE is None:
     fail(extension.WHY_MISSING)
 generator = torch.Generator().manual_seed(0)
 randn = lambda *shape: torch.randn(*shape, generator=generator)
-w1, w2 = mx.quantize_1x32(randn(4, 128, 64)), mx.quantize_1x32(randn(4, 64, 64) / 8)
+source = randn(4, 128, 64)
+w1, w2 = mx.quantize_1x32(source), mx.quantize_1x32(randn(4, 64, 64) / 8)
 call = (randn(5, 64).bfloat16(), *w1, *w2, torch.rand(5, 2, generator=generator), torch.arange(10).view(5, 2) % 4)
 out, want = mx.fused_moe(*call), mx.reference.fused_moe(*call)
 if mx.explain(*call).backend != "cpu" or (out - want).norm() > 5e-3 * want.norm():
     fail("the C++ kernels do not serve the call, or not well")
+given = torch.empty_like(out), torch.empty_like(w1[0]), torch.empty_like(w1[1])
+mx.fused_moe(*call, out=given[0])
+mx.quantize_1x32(source, out=given[1:])
+same = all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(given, (out, *w1)))
+if not same or any(x._version != 1 for x in given):
+    fail("out variants write something else, or their writes are not counted")
 
 class Layer(torch.nn.Module):
     def forward(self, x):
@@ -64,7 +72,8 @@ def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> str:
     )
     if done.returncode:
         said = (done.stdout[-3000:] + done.stderr[-3000:]).strip()
-        raise RuntimeError(f"{' '.join(map(str, command[:4]))} ... failed:\n{said}")
+        shown = (str(part).strip().partition("\n")[0] for part in command[:4])
+        raise RuntimeError(f"{' '.join(shown)} ... failed:\n{said}")
     return done.stdout
 
 
