@@ -9,7 +9,6 @@ from .numerics import BLOCK, block_amax, cast, decode, encode, factor, scale_byt
 
 BLOCKS_PER_PROGRAM = 64
 
-
 STRIDES = 3
 """How many strides the rows that ``quantize`` reads may have."""
 
