@@ -25,7 +25,7 @@ BF16_MMA = {
 }
 ANY_MMA = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)\S*"
 ATOMIC = r"(?m)^\s*(?:@!?%?\w+\s+)?((?:atom|red)\.\S+)|\b((?:global|flat|buffer|ds)_\w*(?:atomic|add_f|add_rtn_f)\w*)"
-ORDERLESS = r"atom\.(?:shared|global)\S*\.(?:add|inc)\.[us]32"
+ORDERLESS = r"atom\.(?:\w+\.)*(?:shared|global)\.(?:\w+\.)*(?:add|inc)\.[us]32"
 """Sums of integers: counts in shared memory, and the counters by which programs share tiles."""
 
 

@@ -382,10 +382,10 @@ def test_kernels_take_what_they_can_read():
         return [kernels for kernels, tiles in rules.items() if admits(call, Target(arch), tiles)]
 
     assert sorted(taken()) == ["gemm", "hopper", "matvec"]
-    halved = next(tiles for tiles in configs.load("sm_90").tiles if tiles.columns == 128)
-    for columns in (64, 128):
-        call = FusedMoe(**moe_inputs(T=1, H=128, I=columns)).check()
-        assert admits(call, Target("sm_90"), halved) == (columns == 128)
+    wide = next(tiles for tiles in configs.load("sm_90").tiles if tiles.columns == (256, 256))
+    for H, I in ((256, 256), (256, 128), (128, 256)):  # noqa: E741
+        call = FusedMoe(**moe_inputs(T=1, H=H, I=I)).check()
+        assert admits(call, Target("sm_90"), wide) == (H == I)
     assert taken(H=96) == taken(I=32) == taken(arch="sm_100") == ["matvec", "gemm"]
     assert taken(shifted=["w1_scale"]) == ["matvec", "gemm"]
     assert taken(shifted=["w1"]) == taken(shifted=["w2"]) == ["gemm"]

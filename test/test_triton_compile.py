@@ -196,8 +196,8 @@ def test_products_of_listed_shapes(arch, record_property):
 def test_tiles_of_the_gpu_tests(tiles, sizes, record_property):
     """sm_90, one warp loads: with tiles and K of all kinds, the latter from one step on."""
     H, I = sizes
-    if H % TILES[tiles].columns or I % TILES[tiles].columns:
-        pytest.skip(f"the tile takes H and I that are multiples of {TILES[tiles].columns}")
+    if H % TILES[tiles].columns[0] or I % TILES[tiles].columns[1]:
+        pytest.skip(f"the tiles take H and I that are multiples of {TILES[tiles].columns}")
     compiled(products(moe(H, I, 5, 2), "sm_90", TILES[tiles]), "sm_90", record_property)
 
 

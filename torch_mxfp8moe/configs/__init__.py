@@ -12,9 +12,9 @@ that is another matrix instruction::
 Of the rules of a shape, or those of ``tiles`` if the shape is not listed, the first one serves a call whose
 tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
 null there and serves the rest. Rules of kernels that do not take every call are passed over by those that they do not
-take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90), and rules with block_m
-1, in which each route is served by itself (:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on
-shapes and dtypes only, never on where tokens are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to
+take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90; H and I are multiples of
+what block_k is in gemm1 and gemm2), and rules with block_m 1, in which each route is served by itself
+(:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on shapes and dtypes only, never on where tokens are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to
 Triton's compiler as options. ``tools/tune_gpu.py`` writes these files.
 """
 
@@ -44,9 +44,9 @@ class Gemm:
     """Load through tensor descriptors (TMA)."""
     programs: int = 0
     """Not 0: of the warp-specialized kernel, of which a multiprocessor runs that many programs at a time. num_warps,
-    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, and block_k, the columns of a
-    stage, 64, 128 or 256, of which a call takes no more than divide all its columns. Or the tile is halved: with 4
-    warps block_n is 32 (w1) or 64 (w2), and block_k not 64."""
+    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, and block_k 64, 128 or 256, of
+    which the weight's columns are a multiple. Or the tile is halved: with 4 warps block_n is 32 (w1) or 64 (w2), and
+    block_k not 64."""
     options: dict = field(default_factory=dict, hash=False)
 
 
@@ -66,13 +66,9 @@ class Tiles:
         return "matvec" if self.block_m == 1 else "hopper" if self.gemm1.programs else "gemm"
 
     @property
-    def columns(self) -> int:
-        """Of "hopper": what H and I must be multiples of."""
-        halved = (self.gemm1.block_n, self.gemm1.num_warps) == (32, 4) or (
-            self.gemm2.block_n,
-            self.gemm2.num_warps,
-        ) == (64, 4)
-        return 128 if halved else 64
+    def columns(self) -> tuple[int, int]:
+        """What H and I must be multiples of."""
+        return (self.gemm1.block_k, self.gemm2.block_k) if self.kernels == "hopper" else (1, 1)
 
 
 @dataclass(frozen=True)
@@ -138,19 +134,19 @@ def rule(where: str, data: dict) -> Tiles:
 
 def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
     result = []
-    before = {}  # by the kernels that a rule is for, the last limit
+    before = {}  # by the calls that a rule is for, the last limit
     for i, data in enumerate(rules):
         here = f"{where}, rule {i}"
         tiles = rule(here, data)
         rows, kernels, last = tiles.rows_per_expert, tiles.kernels, i == len(rules) - 1
-        limit = before.get(kernels, 0.0)
+        limit = before.get((kernels, tiles.columns), 0.0)
         if rows is None:
             fits = last or kernels != "gemm" and limit < math.inf
         else:
             fits = not last and type(rows) in (int, float) and rows > limit
         if not fits:
             raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
-        before[kernels] = math.inf if rows is None else rows
+        before[kernels, tiles.columns] = math.inf if rows is None else rows
         result.append(tiles)
     if not result:
         raise ValueError(f"{where}: there is no rule; it takes one or more")

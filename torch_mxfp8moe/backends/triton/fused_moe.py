@@ -20,9 +20,12 @@ from .targets import HIP_ARCHITECTURES, Target, multiprocessors
 LARGEST_WORKSPACE = 1 << 30
 """Bytes of intermediates, about, beyond which a call takes its tokens in parts."""
 
-FEW_ROUTES = 1024
+FEW_ROUTES = 512
 """Whose slots each program of the dispatch kernel finds by itself."""
-ROUTES_PER_STEP = 4096
+
+ROUTES_PER_STEP = 1024, 4096
+"""Of the kernel that finds them otherwise: the first if these are all."""
+
 BLOCKS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 1024
 
@@ -183,7 +186,7 @@ class _Sorted(_Part):
             self._routing()
             | dict(
                 slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
-                N=FEW_ROUTES if self.routes <= FEW_ROUTES else ROUTES_PER_STEP,
+                N=ROUTES_PER_STEP[self.routes > ROUTES_PER_STEP[0]],
             ),
             dict(num_warps=8),
         )  # fmt: skip
@@ -222,8 +225,7 @@ class _Sorted(_Part):
         halves = 2 if gate_up else 1
         n = rows // halves
         count = self.tiles_bound * triton.cdiv(n, tile.block_n)
-        block_k = math.gcd(tile.block_k, columns)
-        box = min(block_k, 128)
+        box = min(tile.block_k, 128)
         weights = self._weights(name)
         weights["w"] = Descriptor(
             weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
@@ -237,7 +239,7 @@ class _Sorted(_Part):
                 x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
                 **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
                 **self._ending(gate_up), K=columns, N=n,
-                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=block_k, STAGES=tile.num_stages,
+                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=tile.block_k, STAGES=tile.num_stages,
             ),
             dict(num_warps=tile.num_warps, maxnreg=2**16 // (tile.programs * threads) // 8 * 8, **tile.options),
         )  # fmt: skip
@@ -307,8 +309,7 @@ class _Sorted(_Part):
 def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
     """Whether the kernels that ``tiles`` are for take the call.
 
-    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole steps of 64 columns, two of
-    them at a time where a tile is halved.
+    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole stages.
     """
     if tiles.kernels == "gemm":
         return True
@@ -317,7 +318,7 @@ def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
         return False
     if tiles.kernels == "matvec":
         return True
-    return target.capability == 90 and call.hidden % tiles.columns == call.intermediate % tiles.columns == 0
+    return target.capability == 90 and call.hidden % tiles.columns[0] == call.intermediate % tiles.columns[1] == 0
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:

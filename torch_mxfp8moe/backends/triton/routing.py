@@ -228,11 +228,11 @@ def combine_kernel(
     column = tl.program_id(0) % parts * N + tl.arange(0, N)
     within = column < H
     total = tl.zeros([N], tl.float32)
-    for k in tl.static_range(TOPK):
+    for k in tl.static_range(TOPK):  # without a branch, so that all loads are under way at once
         slot = tl.load(slots + token * TOPK + k).to(tl.int64)
-        if slot >= 0:
-            term = tl.load(terms + slot * H + column, mask=within, other=0.0).to(tl.float32)
-            if WEIGHTED:
-                term *= tl.load(topk_weights + token * weights_stride + k).to(tl.float32)
-            total += term
+        term = tl.load(terms + slot * H + column, mask=within & (slot >= 0), other=0.0).to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(topk_weights + token * weights_stride + k).to(tl.float32)
+            term *= tl.where(slot >= 0, weight, 0.0)
+        total += term
     tl.store(out + token * out_stride + column, cast(total, out.dtype.element_ty), mask=within)
