@@ -25,6 +25,7 @@ from gfx950_kernels import compile_, compile_text, execute, run  # noqa: E402
 from gfx950_simulator import checks, formats, hazards, launch  # noqa: E402
 from gfx950_simulator.assembly import AssemblyError, instruction, operand, parse  # noqa: E402
 from gfx950_simulator.machine import Program, SimulationError  # noqa: E402
+from torch_mxfp8moe.backends.triton import numerics  # noqa: E402
 
 pytestmark = only_cpu
 
@@ -273,6 +274,59 @@ def test_fma_of_close_ties():
     (got,) = execute("v_fma_f32 v10, v1, v2, v3", a, b, c)
     want = [nearest(Fraction(f32(x)) * Fraction(f32(y)) + Fraction(f32(z))) for x, y, z in zip(a, b, c)]
     assert got.tolist() == want
+
+
+HALF_SOURCE = [
+    ("v_fma_mix_f32 v10, v1, v2, v3", lambda a, b, c: (a[2], b[2], c[2])),
+    ("v_fma_mix_f32 v10, v1, v2, v3 op_sel_hi:[1,0,0]", lambda a, b, c: (a[0], b[2], c[2])),
+    ("v_fma_mix_f32 v10, v1, v2, v3 op_sel:[1,0,0] op_sel_hi:[1,0,0]", lambda a, b, c: (a[1], b[2], c[2])),
+    ("v_fma_mix_f32 v10, v1, v2, v3 op_sel:[0,1,0] op_sel_hi:[0,1,1]", lambda a, b, c: (a[2], b[1], c[0])),
+    ("v_fma_mix_f32 v10, -v1, |v2|, -|v3| op_sel:[1,0,1] op_sel_hi:[1,1,1]",
+     lambda a, b, c: (-a[1], abs(b[0]), -abs(c[1]))),
+    ("v_fma_mix_f32 v10, |v1|, -v2, neg(1.0) op_sel_hi:[0,1,0]", lambda a, b, c: (abs(a[2]), -b[0], -1)),
+    ("s_mov_b32 s20, 0x3c004200\nv_fma_mix_f32 v10, v1, s20, v3 op_sel_hi:[1,1,0]", lambda a, b, c: (a[0], 3, c[2])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, chosen", HALF_SOURCE, ids=range(len(HALF_SOURCE)))
+@pytest.mark.parametrize("seed", range(2))
+def test_fma_of_halves(text, chosen, seed):
+    """Against exact arithmetic, rounded once, on words that are a float32 and two float16, subnormal ones among them."""
+    random = np.random.default_rng(seed)
+    halves = random.integers(1, 31 << 10, (3, 64, 2)) | random.integers(0, 2, (3, 64, 2)) << 15
+    halves[:, ::3, :] &= 0x83FF  # subnormal
+    halves[:, :, 1] = np.clip(halves[:, :, 1] & 0x7FFF, 0x2C00, 0x5000) | halves[:, :, 1] & 0x8000  # middling float32
+    words = (halves[..., 0] | halves[..., 1] << 16).astype(np.uint32)
+    (got,) = execute(text, *words)
+    for lane in range(64):
+        sources = [[Fraction(f16(int(x))), Fraction(f16(int(x) >> 16)), Fraction(f32(x))] for x in words[:, lane]]
+        a, b, c = chosen(*sources)
+        assert got[lane] == nearest(a * b + c), f"{text}: {words[:, lane]}"
+
+
+def test_fma_of_special_halves():
+    """NaN, infinities, zeros of both signs; results that float32 holds as subnormals; a clamp; what is no such form."""
+    a = np.array([0x0000, 0x8000, 0x3C00, 0xBC00, 0x7C00, 0xFC00, 0x7E00, 0x0001] * 8, np.uint32)  # the last: 2^-24
+    b = np.array([bits_of(x) for x in (1.0, -1.0, 0.0, math.inf, math.nan, 2.0**-110, 1.5 * 2.0**-125, -2.0**127)],
+                 np.uint32).repeat(8)  # fmt: skip
+    body = """
+    v_fma_mix_f32 v10, v1, v2, neg(0) op_sel_hi:[1,0,0]
+    v_fma_mix_f32 v11, v1, v2, 0 op_sel_hi:[1,0,0]
+    v_fma_mix_f32 v12, v1, v2, 0.5 op_sel_hi:[1,0,0] clamp"""
+    product, sum_, clamped = (x.view(np.float32) for x in execute(body, a, b, outputs=("v10", "v11", "v12")))
+    with np.errstate(all="ignore"):
+        values = a.astype(np.uint16).view(np.float16).astype(np.float64), b.view(np.float32).astype(np.float64)
+        want = (values[0] * values[1]).astype(np.float32)  # exact but for subnormals, which round once
+        want_clamped = np.clip(np.nan_to_num((values[0] * values[1] + 0.5), nan=0), 0, 1).astype(np.float32)
+    assert np.isnan(want).any() and np.isinf(want).any() and (np.abs(want[want != 0]) < 2**-126).any()
+    np.testing.assert_array_equal(product, want)
+    np.testing.assert_array_equal(np.signbit(product), np.where(np.isnan(want), np.signbit(product), np.signbit(want)))
+    np.testing.assert_array_equal(sum_, want)
+    assert not np.signbit(sum_[sum_ == 0]).any() and np.signbit(product[product == 0]).any()
+    np.testing.assert_array_equal(clamped, want_clamped)
+    for wrong in ("v_fma_mix_f32 v10, v1, v2, 1.0 op_sel_hi:[0,0,1]", "v_fma_mix_f32 v10, v1, v2, v1 op_sel:[1,0,0]"):
+        with pytest.raises(AssemblyError, match="v_fma_mix_f32"):
+            execute(wrong, a, b)
 
 
 def test_special_values():
@@ -927,6 +981,7 @@ def test_code_that_is_not_modelled():
 def test_operands():
     assert operand("a[4:7]").registers == range(260, 264)
     assert operand("-|v3|").neg and operand("-|v3|").abs and operand("-|v3|").index == 3
+    assert operand("neg(0)").neg and operand("neg(0)").value == 0
     assert operand("-1").value == -1 and operand("0x10").value == 16 and operand("-0.5").value == -0.5
     one = instruction(0, "", "buffer_load_dwordx4 v16, s[12:15], 0 offen offset:16 lds")
     assert one.modifiers == {"offen": True, "offset": 16, "lds": True} and len(one.operands) == 3
@@ -1091,16 +1146,22 @@ def test_quantize(mode, dtype):
         assert all(same_bytes(a, b) for a, b in zip(got, reference.quantize_1x32(rows, mode)))
 
 
-def test_quantize_natively():
-    """The bytes that the first product ends with: blocks of all magnitudes, values up to 2^-24 of the largest, ties,
-    blocks at the edge of a scale byte, subnormals, zeros of both signs, Inf and NaN."""
-    blocks = 4096
+def hostile_blocks(blocks: int, binades: int = 272, lowest: int = -148) -> torch.Tensor:
+    """[blocks, 32] fp32: blocks of all magnitudes, values up to 2^-24 of the largest, ties, blocks at the edge of a
+    scale byte, subnormals, zeros of both signs, Inf and NaN."""
     x = torch.exp2(randn(blocks, 32, seed=1).abs() * -6) * randn(blocks, 32, seed=2).sign()
     x[::2] = (x[::2] * 2**12).round() / 2**12
     x[::3, 0] = 1.75 * (1 + torch.arange(len(x[::3])) % 64 * 2.0**-23)
-    x *= torch.exp2(torch.arange(blocks) % 272 - 148.0)[:, None]
+    x *= torch.exp2(torch.arange(blocks) % binades + float(lowest))[:, None]
     x[::97, 3:9] = torch.tensor([0.0, -0.0, 0.0, -0.0, 1e-45, -1e-45])
     x[5::271], x[7::271, 4], x[11::271, 5], x[13::271, 6] = -0.0, -float("nan"), float("inf"), -float("inf")
+    return x
+
+
+def test_quantize_natively():
+    """The bytes that the first product ends with."""
+    blocks = 4096
+    x = hostile_blocks(blocks)
     data, scale = torch.empty(blocks, 32, dtype=torch.uint8), torch.empty(blocks, dtype=torch.uint8)
     pointers = dict(x="*fp32", data="*u8", scale="*u8")
     kernel = compile_(kernels.quantize_natively_kernel, pointers, dict(N=256), pointers)
@@ -1111,6 +1172,47 @@ def test_quantize_natively():
     want, want_scale = reference.quantize_1x32(x)
     assert torch.equal(scale, want_scale[:, 0]) and (scale == 255).any() and (scale == 0).any()
     assert torch.equal(data, want.view(torch.uint8))
+
+
+def dispatched(x: torch.Tensor, x_scale: torch.Tensor | None = None, **options) -> tuple[torch.Tensor, ...]:
+    """Rows of x [T, H], and their scale bytes or None, as the first product gets them; one route a token."""
+    T, H = x.shape
+    inputs = moe_inputs(T=T, H=H, I=32, E=3, K=1) | dict(hidden_states=x)
+    inputs |= {} if x_scale is None else dict(hidden_states_scale=x_scale)
+    call = ops.moe_call(inputs, torch.bfloat16, **options)
+    launches = ops.bound_launches(call)[:2]
+    assert [one.kernel.__name__ for one in launches] == ["route_kernel", "dispatch_kernel"]
+    launch.simulate(launches, ops.TARGET, call.inputs.values())
+    arguments = launches[1].arguments
+    slots, scale = arguments["slots"].long(), arguments["rows_scale"]
+    return arguments["rows"][slots], None if scale is None else scale[slots]
+
+
+@pytest.mark.parametrize("H", [256, 1088])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dispatch_rounds_as_defined(dtype, H):
+    """Codes and scale bytes are equal; more and fewer blocks than a program's 32, and some over."""
+    blocks = 2176 // (H // 32) * (H // 32)
+    reach = dict(binades=42, lowest=-25) if dtype is torch.float16 else {}
+    x = hostile_blocks(blocks, **reach).to(dtype).view(-1, H)
+    codes, scale = dispatched(x)
+    want, want_scale = reference.quantize_1x32(x)
+    assert torch.equal(scale, want_scale) and (scale == 255).any() and scale.unique().numel() > 30
+    assert torch.equal(codes, want.view(torch.uint8))
+    assert {0x00, 0x80, 0x01, 0x81, 0x7E, 0xFE, 0x7F} <= set(codes.unique().tolist())
+
+
+@pytest.mark.parametrize("activation_dtype", ["mxfp8", "bf16"])
+def test_dispatch_of_every_code(activation_dtype):
+    """Activations that arrive quantised: their bytes, or, for a product in bf16, their values, under all scale bytes."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256).view(256, 256).view(torch.float8_e4m3fn)
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 8).contiguous()
+    rows, rows_scale = dispatched(codes, scale, activation_dtype=activation_dtype)
+    if activation_dtype == "mxfp8":
+        assert torch.equal(rows, codes.view(torch.uint8)) and torch.equal(rows_scale, scale)
+    else:
+        want = reference.dequantize_1x32(codes, scale, torch.float32).double() * numerics.HELD_TIMES.value
+        assert_equal(rows.double(), want.to(torch.bfloat16).double())
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

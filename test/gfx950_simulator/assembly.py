@@ -113,6 +113,8 @@ def operand(text: str) -> Operand:
     neg = abs_ = sext = False
     if text.startswith("sext("):
         text, sext = text[5:-1], True
+    if text.startswith("neg("):  # of a constant
+        text, neg = text[4:-1], True
     if text.startswith("-") and _number(text) is None:
         text, neg = text[1:], True
     if text.startswith("|"):

@@ -550,6 +550,30 @@ vector("v_fmamk_f32", "f32 = f32, f32, f32")(fma32)
 vector("v_fmaak_f32", "f32 = f32, f32, f32")(fma32)
 
 
+@define("v_fma_mix_f32", "valu")
+def _(instruction):
+    """a * b + c, rounded once, of float32 sources and, where op_sel_hi has a bit, of float16 ones, which are the half of
+    a register that op_sel chooses (ISA chapter 12, VOP3P; LLVM, "VOP3P MAD_MIX/FMA_MIX Modifiers"). The bits that are
+    neg_hi in other packed instructions are |x| here, which the text writes at the operand."""
+    modifiers, operands = instruction.modifiers, instruction.operands[1:]
+    sources = []
+    for one, high, narrow in zip(
+        operands, modifiers.get("op_sel", (0, 0, 0)), modifiers.get("op_sel_hi", (0, 0, 0)), strict=True
+    ):
+        if not narrow:
+            if high:
+                raise AssemblyError(f"{instruction}: op_sel of a source of 32 bits")
+            sources.append(vector_source(one, "f32"))
+        elif one.kind == "imm":
+            raise AssemblyError(f"{instruction}: a constant of 16 bits")
+        else:
+            half = vector_source(one, "f16", high=bool(high))
+            sources.append(lambda m, f=half: f(m).astype(F32))
+    a, b, c = sources
+    write = _writer(instruction, "f32")
+    return lambda m: write(m, fma32(a(m), b(m), c(m)), None)
+
+
 @vector("v_med3_f32", "f32 = f32, f32, f32")
 def _(a, b, c):
     nan = np.isnan(a) | np.isnan(b) | np.isnan(c)
