@@ -166,6 +166,9 @@ MUTATIONS = [
     Mutation("gemm1", r"v_pk_mul_f32", 0, r"op_sel_hi:\[\d", "op_sel:[1,0] op_sel_hi:[1"),
     Mutation("combine", r"v_(pk_)?fma", 0, r"$", " neg_lo:[1,0,0]"),
     Mutation("combine", r"s_cbranch", -1),
+    Mutation("dispatch", r"v_cvt_scalef32_pk_fp8_f32", 0, r"(v\d+), (v\d+), 1\.0", r"\2, \1, 1.0"),
+    Mutation("dispatch", r"v_cvt_scalef32_pk_fp8_f32", 1, r"op_sel:\[0,0,0,1\]", "op_sel:[0,0,0,0]"),
+    Mutation("dispatch", r"v_cvt_scalef32_pk_fp8_f32", 1, r"1\.0", "2.0"),
     Mutation("dispatch", r"v_cmp_gt_i32", -1, "_gt_", "_le_"),  # the first are for mantissas longer than its bf16's
 ]
 

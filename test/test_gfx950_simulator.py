@@ -291,7 +291,7 @@ HALF_SOURCE = [
 @pytest.mark.parametrize("text, chosen", HALF_SOURCE, ids=range(len(HALF_SOURCE)))
 @pytest.mark.parametrize("seed", range(2))
 def test_fma_of_halves(text, chosen, seed):
-    """Against exact arithmetic, rounded once, on words that are a float32 and two float16, subnormal ones among them."""
+    """Against exact arithmetic, rounded once, on words that are a float32 and two float16, some of these subnormal."""
     random = np.random.default_rng(seed)
     halves = random.integers(1, 31 << 10, (3, 64, 2)) | random.integers(0, 2, (3, 64, 2)) << 15
     halves[:, ::3, :] &= 0x83FF  # subnormal
@@ -1204,7 +1204,7 @@ def test_dispatch_rounds_as_defined(dtype, H):
 
 @pytest.mark.parametrize("activation_dtype", ["mxfp8", "bf16"])
 def test_dispatch_of_every_code(activation_dtype):
-    """Activations that arrive quantised: their bytes, or, for a product in bf16, their values, under all scale bytes."""
+    """Activations that arrive quantised: their bytes, or, for a product in bf16, their values, under each scale."""
     codes = torch.arange(256, dtype=torch.uint8).repeat(256).view(256, 256).view(torch.float8_e4m3fn)
     scale = torch.arange(256, dtype=torch.uint8)[:, None].expand(256, 8).contiguous()
     rows, rows_scale = dispatched(codes, scale, activation_dtype=activation_dtype)
