@@ -553,7 +553,7 @@ vector("v_fmaak_f32", "f32 = f32, f32, f32")(fma32)
 @define("v_fma_mix_f32", "valu")
 def _(instruction):
     """a * b + c, rounded once, of float32 sources and, where op_sel_hi has a bit, of float16 ones: of that half of
-    a register that op_sel chooses (ISA chapter 12, VOP3P; LLVM, "Syntax of AMDGPU Instruction Modifiers", MAD_MIX/FMA_MIX)."""
+    a register that op_sel chooses (ISA chapter 12, VOP3P; LLVM, "Syntax of AMDGPU Instruction Modifiers")."""
     modifiers, operands = instruction.modifiers, instruction.operands[1:]
     sources = []
     for one, high, narrow in zip(
