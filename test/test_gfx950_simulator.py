@@ -1316,10 +1316,23 @@ def test_every_tile_of_the_configuration(activation_dtype, rule):
     check_moe(moe_inputs(T=45, H=288, I=160, E=3, K=2), tiles, activation_dtype=activation_dtype, **CLAMPED)
 
 
-@pytest.mark.parametrize("sizes", [dict(H=1280, I=128), dict(H=128, I=1280), dict(H=128, I=1152)])
+@pytest.mark.parametrize("H, I", [(256, 192), (288, 128)])
+def test_prefill_tile_of_more_than_its_rows(H, I):
+    """Whole tiles and a last one, of two experts, with biases; two waves take the first product where I is 192."""
+    tiles = configs.load("gfx950", "mxfp8").tiles[-1]
+    inputs = moe_inputs(T=300, H=H, I=I, E=2, K=1, bias_dtype=torch.bfloat16)
+    inputs["topk_ids"][:] = (torch.arange(300) > 270)[:, None]
+    call = ops.moe_call(inputs, **CLAMPED)
+    assert ops.bound_launches(call, tiles)[2].options["num_warps"] == (2 if I == 192 else 4)
+    check_moe(inputs, tiles, **CLAMPED)
+
+
+@pytest.mark.parametrize("sizes", [dict(H=1280, I=128), dict(H=128, I=1280), dict(H=128, I=1152),
+                                   dict(H=1280, I=192), dict(H=1216, I=128)])  # fmt: skip
 @pytest.mark.parametrize("activation_dtype, rule", TILES)
 def test_every_tile_over_many_trips(activation_dtype, rule, sizes):
-    """Loops that run, of each product, from the first byte of each buffer on; with a tail of K where it is 1152."""
+    """Loops that run, of each product, from the first byte of each buffer on; with a tail of K where it is 1152 or
+    1216; with N that prefill's tile of the first product does not divide where I is 192."""
     tiles = configs.load("gfx950", activation_dtype).tiles[rule]
     check_moe(moe_inputs(T=5, **sizes, E=1, K=1), tiles, activation_dtype=activation_dtype)
 

@@ -11,7 +11,7 @@ from ...configs import Gemm, Tiles
 from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
-from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, WORKSPACE, Descriptor, Launch, Operand, Plan
+from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, STAGES_SPILL, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .matvec import down_kernel, gate_up_kernel
 from .memory import order
 from .routing import combine_kernel, dispatch_kernel, route_kernel
@@ -270,9 +270,13 @@ class _Sorted(_Part):
         # In the simulator few trips and tails of K are right with buffer loads, and tails are not without (3.6.0).
         whole = columns % block_k == 0 and columns // block_k > tile.num_stages
         x_left = self.scaled and not self.target.capability
-        block_n = tile.block_n
+        block_n, num_warps, to_lds = tile.block_n, tile.num_warps, None
         if x_left and block_n > 64 and n < 2 * block_n and -n % block_n >= block_n // 2:
-            block_n //= 2  # less work than with a last tile that is half empty, where there is but one before it
+            # Less work than with a last tile that is half empty, where there is but one before it. Half the waves, each
+            # with as large a part, for two workgroups of a CU; LDS has room for both if it holds one stage of each.
+            block_n, num_warps, to_lds = block_n // 2, num_warps // 2, False
+        elif STAGES_SPILL and x_left and gate_up and self.tiles.block_m >= 256 and columns % block_k:
+            to_lds = True
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
         return Launch(
             grouped_gemm_kernel,
@@ -285,10 +289,11 @@ class _Sorted(_Part):
                 SCALED=self.scaled, X_LEFT=x_left, NATIVE_E4M3=self.target.native_e4m3, WGMMA=self.target.wgmma,
                 DESCRIPTORS=descriptors,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUPS=groups,
-                WAVES=2 if x_left and gate_up and self.tiles.block_m >= 128 else 1,  # as Triton divides such tiles
+                # as Triton divides such tiles
+                WAVES=2 if x_left and gate_up and self.tiles.block_m >= 128 and num_warps >= 4 else 1,
             ),
-            dict(num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.options),
-            buffers=not (BUFFER_OFFSETS_WRAP and whole),
+            dict(num_warps=num_warps, num_stages=tile.num_stages, **tile.options),
+            buffers=not (BUFFER_OFFSETS_WRAP and whole), to_lds=to_lds,
         )  # fmt: skip
 
     def _combine(self) -> Launch:

@@ -117,6 +117,63 @@ def _multiply(
     return total
 
 
+@triton.jit
+def _finish(
+    total, bias, out, out_scale, routes, topk_weights, weights_stride, expert, n, weight_row, slot, first, end, alpha,
+    beta, limit, N: tl.constexpr, GATE_UP: tl.constexpr, MXFP8: tl.constexpr, LIMITED: tl.constexpr,
+    SCALED: tl.constexpr, X_LEFT: tl.constexpr, NATIVE_E4M3: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, WAVES: tl.constexpr,
+):  # fmt: skip
+    """What :func:`grouped_gemm_kernel` does with a tile's product, ``total`` as :func:`_multiply` gives it."""
+    halves: tl.constexpr = 2 if GATE_UP else 1
+    if bias is not None:
+        added = tl.load(bias + expert.to(tl.int64) * (halves * N) + weight_row).to(tl.float32)
+        total += added[None, :] if X_LEFT else added[:, None]
+    if X_LEFT:
+        total = tl.trans(total)
+        # Written another way than in the caller, for the compiler not to hold it, in yet another layout, in its loop.
+        slot = first - BLOCK_M + tl.arange(BLOCK_M, 2 * BLOCK_M)
+    if topk_weights is not None:
+        route = tl.load(routes + slot, mask=slot < end, other=0).to(tl.int64)
+        weight = tl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(tl.float32)
+        total *= weight[None, :]
+    if GATE_UP:
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
+        if LIMITED and SCALED:  # comparisons of many values at once take more scalar registers than AMD GPUs have
+            gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+        if X_LEFT:  # without the steps that make exp and division exact in their last bits
+            total = libdevice.fast_dividef(gate, 1.0 + libdevice.fast_expf(-alpha * gate)) * (up + beta)
+        else:
+            total = swiglu(gate, up, alpha, beta, limit, LIMITED and not SCALED)
+
+    column = n + tl.arange(0, BLOCK_N)
+    result = tl.trans(total)
+    if WAVES > 1:  # columns in memory's order again
+        result = tl.reshape(result, (BLOCK_M, BLOCK_N // 16 // WAVES, WAVES, 16))
+        result = tl.reshape(tl.permute(result, (0, 2, 1, 3)), (BLOCK_M, BLOCK_N))
+    pointers = slot.to(tl.int64)[:, None] * N + column[None, :]
+    within = (slot < end)[:, None] & (column < N)[None, :]
+    if GATE_UP and MXFP8:
+        blocks = tl.reshape(result, (BLOCK_M * BLOCK_N // BLOCK, BLOCK))
+        byte = scale_byte(block_amax(blocks), "rceil")
+        code = encoded(blocks, byte[:, None], NATIVE_E4M3)
+        if out_scale is not None:
+            block = n // BLOCK + tl.arange(0, BLOCK_N // BLOCK)
+            tl.store(
+                out_scale + slot.to(tl.int64)[:, None] * (N // BLOCK) + block[None, :],
+                tl.reshape(byte, (BLOCK_M, BLOCK_N // BLOCK)).to(tl.uint8),
+                mask=(slot < end)[:, None] & (block < N // BLOCK)[None, :],
+            )
+            result = tl.reshape(code, (BLOCK_M, BLOCK_N))
+        else:
+            result = tl.reshape(decoded(code, NATIVE_E4M3) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
+    elif GATE_UP:
+        result = cast(cast(result, tl.bfloat16), tl.float32) * HELD_TIMES
+    tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)
+
+
 @triton.jit(do_not_specialize=["weights_stride"], do_not_specialize_on_alignment=["topk_weights"])
 def grouped_gemm_kernel(
     x, x_scale, w, w_scale, bias, out, out_scale, tiles, offsets, routes, topk_weights,
@@ -200,48 +257,12 @@ def grouped_gemm_kernel(
             if not SCALED:
                 byte = byte_next
 
-        if X_LEFT:
-            total = tl.trans(total)
-            # Written another way than above, for the compiler not to hold it, in yet another layout, during the loop.
-            slot = first - BLOCK_M + tl.arange(BLOCK_M, 2 * BLOCK_M)
-        if bias is not None:
-            total += tl.load(bias + expert.to(tl.int64) * (halves * N) + weight_row).to(tl.float32)[:, None]
-        if topk_weights is not None:
-            route = tl.load(routes + slot, mask=slot < end, other=0).to(tl.int64)
-            weight = tl.load(topk_weights + route * weights_stride, mask=slot < end, other=0.0).to(tl.float32)
-            total *= weight[None, :]
-        if GATE_UP:
-            gate, up = tl.split(tl.permute(tl.reshape(total, (2, BLOCK_N, BLOCK_M)), (1, 2, 0)))
-            if LIMITED and SCALED:  # comparisons of many values at once take more scalar registers than AMD GPUs have
-                gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-                up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-                up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-            if X_LEFT:  # without the steps that make exp and division exact in their last bits
-                total = libdevice.fast_dividef(gate, 1.0 + libdevice.fast_expf(-alpha * gate)) * (up + beta)
-            else:
-                total = swiglu(gate, up, alpha, beta, limit, LIMITED and not SCALED)
-
-        column = n + tl.arange(0, BLOCK_N)
-        result = tl.trans(total)
-        if WAVES > 1:  # columns in memory's order again
-            result = tl.reshape(result, (BLOCK_M, BLOCK_N // 16 // WAVES, WAVES, 16))
-            result = tl.reshape(tl.permute(result, (0, 2, 1, 3)), (BLOCK_M, BLOCK_N))
-        pointers = slot.to(tl.int64)[:, None] * N + column[None, :]
-        within = (slot < end)[:, None] & (column < N)[None, :]
-        if GATE_UP and MXFP8:
-            blocks = tl.reshape(result, (BLOCK_M * BLOCK_N // BLOCK, BLOCK))
-            byte = scale_byte(block_amax(blocks), "rceil")
-            code = encoded(blocks, byte[:, None], NATIVE_E4M3)
-            if out_scale is not None:
-                block = n // BLOCK + tl.arange(0, BLOCK_N // BLOCK)
-                tl.store(
-                    out_scale + slot.to(tl.int64)[:, None] * (N // BLOCK) + block[None, :],
-                    tl.reshape(byte, (BLOCK_M, BLOCK_N // BLOCK)).to(tl.uint8),
-                    mask=(slot < end)[:, None] & (block < N // BLOCK)[None, :],
-                )
-                result = tl.reshape(code, (BLOCK_M, BLOCK_N))
-            else:
-                result = tl.reshape(decoded(code, NATIVE_E4M3) * HELD_TIMES * factor(byte)[:, None], (BLOCK_M, BLOCK_N))
-        elif GATE_UP:
-            result = cast(cast(result, tl.bfloat16), tl.float32) * HELD_TIMES
-        tl.store(out + pointers, cast(result, out.dtype.element_ty), mask=within)
+        # On gfx950 a first product ends in a block of its own, by a condition that always holds: scheduled together
+        # with the last trip, there is more than registers hold (Triton 3.6), and more instructions.
+        ends = end > first if X_LEFT and GATE_UP else True
+        if ends:
+            _finish(
+                total, bias, out, out_scale, routes, topk_weights, weights_stride, expert, n, weight_row, slot, first,
+                end, alpha, beta, limit, N, GATE_UP, MXFP8, LIMITED, SCALED, X_LEFT, NATIVE_E4M3, BLOCK_M, BLOCK_N,
+                WAVES,
+            )  # fmt: skip

@@ -23,9 +23,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .targets import INTERPRETED, Target
 
 WORKSPACE = "workspace"
-BUFFER_OFFSETS_WRAP = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+BUFFER_OFFSETS_WRAP = _VERSION < (3, 8)
 """Loops over whole tiles that Triton pipelines begin with a negative offset in a register, and LLVM adds to it by the
 instruction's constant: for a buffer load on AMD GPUs that is a number near 2^32, beyond the buffer, and it loads 0."""
+STAGES_SPILL = _VERSION < (3, 7)
+"""A stage that waits in registers is too much for the largest tile of gfx950's first product, where K has a tail: four
+words of a lane go to memory."""
 
 ALIGNMENT = 256
 """Of the pieces of a workspace, in bytes; that of PyTorch's allocations is at least this."""
@@ -108,6 +112,9 @@ class Launch:
     """Compiler options: num_warps, num_stages, ..."""
     buffers: bool = True
     """Whether loads may be buffer instructions on AMD GPUs."""
+    to_lds: bool | None = None
+    """Whether a pipelined loop's loads go straight to LDS on AMD GPUs; if not, a stage waits in registers. None: as
+    Triton has it (3.6 and 3.7 not, 3.8 and 3.9 on gfx950)."""
 
     def bound(self, memory: dict[str, torch.Tensor]) -> "Launch":
         """The same on tensors."""
@@ -123,6 +130,8 @@ class Launch:
         with knobs.amd.scope():
             if not self.buffers:
                 knobs.amd.use_buffer_ops = False
+            if self.to_lds is not None:
+                knobs.amd.use_async_copy = self.to_lds
             yield
 
     def run(self) -> None:
