@@ -94,3 +94,29 @@ def test_the_prefill_tile_is_bound_by_the_matrix_unit():
     for one in report.reports(rows()["MiniMax-M3 TP4"], tiles):
         assert one.busiest == "MFMA" and not one.narrow and one.block_m == one.rows == 256
         assert one.after < one.depth / one.k * one.busy["MFMA"] / 6
+
+
+NARROW = sorted(name for name, row in rows().items() if row.intermediate == 192)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_the_prefill_tile_of_narrow_experts_is_bound_by_the_matrix_unit(name):
+    """Where a tile of 128 columns would be half empty: two workgroups of two waves on a CU, of no more work than there
+    is, and in fewer clocks than the tiles that LDS or empty columns hold up."""
+    one, _ = report.reports(rows()[name], configs.load("gfx950", "mxfp8").tiles[-1])
+    assert one.busiest == "MFMA" and (one.block_m, one.rows, one.tiles) == (256, 128, 3)
+    assert (one.warps, one.workgroups) == (2, 2) and one.code.stack == 0 and one.hazards == 0
+    assert one.busy["MFMA"] == 2 * 256 * 128 * 128 / (4 * 2048)
+    if name == report.NARROW:
+        others = [report.alternative(rows()[name], *report.ALTERNATIVES[tile]) for tile in
+                  ("256 x 256, the second half empty", "256 x 128")]  # fmt: skip
+        assert all(one.whole < 0.9 * other.whole for other in others) and others[1].busiest == "LDS"
+
+
+def test_waves_that_are_alone_on_a_cu():
+    """Two waves leave two SIMDs without work, unless there is room for another workgroup of theirs."""
+    alone, paired = (
+        report.alternative(rows()[report.NARROW], 256, 64, 2, to_lds, 16) for to_lds in (True, False)
+    )  # fmt: skip
+    assert (alone.workgroups, paired.workgroups) == (1, 2)
+    assert alone.busy["MFMA"] == 2 * paired.busy["MFMA"] and alone.whole > 1.5 * paired.whole

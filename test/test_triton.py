@@ -119,9 +119,7 @@ print(before or "triton" not in sys.modules)
 # --- whether it serves a call
 
 
-@pytest.mark.parametrize(
-    "arch", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950")
-)
+@pytest.mark.parametrize("arch", ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950"))
 def test_served(machine, arch):
     machine(arch)
     assert torch_mxfp8moe.explain(**on_gpu(moe_inputs())).backend == "triton"
@@ -293,20 +291,25 @@ def test_compiling_offline_leaves_the_driver_as_it_was(kernels):
 
 
 @needs_triton
+@pytest.mark.parametrize("to_lds", (None, True, False))
 @pytest.mark.parametrize("buffers", (True, False))
-def test_a_launch_that_triton_makes_itself_is_compiled_in_the_same_way(buffers):
-    """Tools time single launches so; without buffer loads where they would read zeros (``BUFFER_OFFSETS_WRAP``)."""
+def test_a_launch_that_triton_makes_itself_is_compiled_in_the_same_way(buffers, to_lds):
+    """Tools time single launches so; without buffer loads where they would read zeros (``BUFFER_OFFSETS_WRAP``), and
+    with a stage where there is room for it."""
     from triton import knobs
 
     from torch_mxfp8moe.backends.triton.launch import Launch
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda: seen.append(knobs.amd.use_buffer_ops)
+            return lambda: seen.append(settings())
 
-    before, seen = knobs.amd.use_buffer_ops, []
-    Launch(Kernel(), (1,), {}, buffers=buffers).run()
-    assert seen == [before and buffers] and knobs.amd.use_buffer_ops == before
+    def settings():
+        return knobs.amd.use_buffer_ops, knobs.amd.use_async_copy
+
+    before, seen = settings(), []
+    Launch(Kernel(), (1,), {}, buffers=buffers, to_lds=to_lds).run()
+    assert seen == [(before[0] and buffers, before[1] if to_lds is None else to_lds)] and settings() == before
 
 
 @needs_triton

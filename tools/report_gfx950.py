@@ -5,18 +5,20 @@
     python tools/report_gfx950.py --rows all --rules 2                # the last rule for every row of test/shapes.csv
     python tools/report_gfx950.py --tile 256,128,128,4,2,matrix_instr_nonkdim=16   # block_m, _n, _k, warps, stages
     python tools/report_gfx950.py --times                             # and the time that the counts allow, at best
+    python tools/report_gfx950.py --alternatives                      # prefill's first product where I is 192
 
 For each product: the loop of its machine code that holds the matrix instructions; the clocks of one trip of a workgroup
-that each unit of its compute unit (CU) is busy, and the busiest; bytes loaded from global memory with a byte or two a
-lane; registers and LDS, how many workgroups a CU takes, and the bytes of weights that it has under way. Busy clocks are
-lower bounds of time: dependences, latency, bank conflicts and cache misses are not modelled.
+that each unit of its compute unit (CU) is busy, and the busiest; the clocks of 256 rows of an expert; bytes loaded from
+global memory with a byte or two a lane; registers and LDS, how many workgroups a CU takes, and the bytes of weights
+that it has under way. Busy clocks are lower bounds of time: dependences, latency, bank conflicts and cache misses are
+not modelled.
 """
 
 import argparse
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -136,12 +138,21 @@ def matrix_loop(instructions: list[Instruction]) -> list[Instruction]:
     return best if any(one in matrix for one in best) else instructions[: matrix[-1].index + 1]
 
 
+def resident(code: machine_code.Code, warps: int) -> int:
+    """Workgroups of ``warps`` waves that a CU takes at once."""
+    step = -(-code.registers // REGISTER_STEP) * REGISTER_STEP
+    by_registers = min(WAVES, REGISTERS // step) * SIMDS // warps
+    return min(by_registers, LDS // code.shared if code.shared else WAVES)
+
+
 @dataclass(frozen=True)
 class Report:
     """What one product's machine code says. Of the loop, by trip."""
 
     rows: int
     """Of weights in a tile."""
+    tiles: int
+    """That take all columns of the result."""
     block_m: int
     block_k: int
     depth: int
@@ -152,7 +163,7 @@ class Report:
     counts: Counter
     """Instructions of one wave by unit."""
     busy: dict[str, float]
-    """Clocks of a CU's units for one workgroup; all four SIMDs work at once."""
+    """Clocks of a CU's units for one workgroup; all SIMDs that have waves work at once."""
     k: float
     """Columns of K."""
     unrolled: bool
@@ -172,16 +183,15 @@ class Report:
         return max(self.busy, key=self.busy.get)
 
     @property
-    def waves(self) -> int:
-        """Of a SIMD, as its registers allow."""
-        step = -(-self.code.registers // REGISTER_STEP) * REGISTER_STEP
-        return min(WAVES, REGISTERS // step)
-
-    @property
     def workgroups(self) -> int:
         """Of a CU."""
-        by_lds = LDS // self.code.shared if self.code.shared else WAVES
-        return min(self.waves // ceil(self.warps / SIMDS), by_lds)
+        return resident(self.code, self.warps)
+
+    @property
+    def whole(self) -> float:
+        """Clocks of a CU for 256 rows of an expert, tiles that are not full included: of the busiest unit in the loop,
+        and of the vector unit after it."""
+        return self.tiles * 256 / self.block_m * (self.depth / self.k * max(self.busy.values()) + self.after)
 
     @property
     def in_flight(self) -> int:
@@ -196,19 +206,21 @@ def read(launch: Launch, kernel) -> Report:
     program = parse(code.text)
     loop = matrix_loop(program.instructions)
     a, warps = launch.arguments, launch.options["num_warps"]
+    simds = min(SIMDS, warps * max(1, resident(code, warps)))
     counts, busy = Counter(), dict.fromkeys(UNITS, 0.0)
     for one in loop:
         counts[unit(one.name)] += 1
         for name, time in clocks(one).items():
-            busy[name] += time * (warps if name in ("LDS", "VMEM") else warps / SIMDS)
+            busy[name] += time * (warps if name in ("LDS", "VMEM") else warps / simds)
     weight_rows = (2 if a["GATE_UP"] else 1) * a["BLOCK_N"]
     work = sum(flop(one) for one in loop if unit(one.name) == "MFMA") * warps
     return Report(
-        rows=weight_rows, block_m=a["BLOCK_M"], block_k=a["BLOCK_K"], depth=a["K"], warps=warps,
+        rows=weight_rows, tiles=ceil(a["N"] / a["BLOCK_N"]), block_m=a["BLOCK_M"], block_k=a["BLOCK_K"],
+        depth=a["K"], warps=warps,
         ahead=launch.options["num_stages"] - 1 if any(map(to_lds, program.instructions)) else 1,
         counts=counts, busy=busy, k=work / (2 * weight_rows * a["BLOCK_M"]),
         unrolled=loop[-1].target != loop[0].index,
-        after=sum(clocks(one).get("VALU", 0) for one in program.instructions[loop[-1].index + 1 :]) * warps / SIMDS,
+        after=sum(clocks(one).get("VALU", 0) for one in program.instructions[loop[-1].index + 1 :]) * warps / simds,
         narrow=Counter(
             one.name for one in loop
             if unit(one.name) in ("LDS", "VMEM") and width(one) < 4 and ("load" in one.name or "read" in one.name)
@@ -229,29 +241,30 @@ def reports(row: Row, tiles: Tiles, dtype: str = "mxfp8") -> list[Report]:
     return [read(*both) for both in zip(launches, compile_offline(launches, TARGET))]
 
 
-def describe(gemm: Gemm) -> str:
+def describe(gemm: Gemm, r: Report) -> str:
     options = "".join(f" {name}={value}" for name, value in gemm.options.items())
-    return f"{gemm.block_k}, {gemm.num_warps}w {gemm.num_stages}s{options}"
+    return f"{r.block_m} x {r.rows} x {r.block_k}, {r.warps}w {gemm.num_stages}s{options}"
 
 
 HEADER = [
     "row", "product", "tile: tokens x rows x K", *UNITS, "busiest", "instructions", "narrow loads", "VALU after",
-    "registers", "stack", "LDS KiB", "workgroups", "in flight KiB", "hazards",
+    "256 rows", "registers", "stack", "LDS KiB", "workgroups", "in flight KiB", "hazards",
 ]  # fmt: skip
 LEGEND = f"""Of one trip of the loop (unrolled: of all trips). MFMA: clocks of a CU for a workgroup; VALU to VMEM:
 theirs, in parts of MFMA's. Instructions: {", ".join((*UNITS, "other"))}, of one wave. Narrow loads: of less than
-4 bytes a lane. VALU after: clocks behind the loop. Workgroups: of a CU. In flight: KiB of weights
-of a CU; at decode it takes {ENOUGH >> 10}. Hazards: missing wait states."""
+4 bytes a lane. VALU after: clocks behind the loop. 256 rows: clocks of a CU for so many rows of an expert and all
+columns, in loops by their busiest unit, and behind them. Workgroups: of a CU. In flight: KiB of weights of a CU; at
+decode it takes {ENOUGH >> 10}. Hazards: missing wait states."""
 
 
 def line(name: str, product: int, gemm: Gemm, r: Report) -> list[str]:
     share = [f"{r.busy[u] / r.busy['MFMA']:.0%}" for u in UNITS[1:]]
     return [
-        name, str(product), f"{r.block_m} x {r.rows} x {describe(gemm)}",
+        name, str(product), describe(gemm, r),
         f"{r.busy['MFMA']:.0f}" + " (unrolled)" * r.unrolled, *share, r.busiest,
         " ".join(f"{r.counts[u]}" for u in (*UNITS, "other")),
         " ".join(f"{count}x {kind}" for kind, count in r.narrow.items()) or "none",
-        f"{r.after:.0f}", f"{r.code.registers} ({r.accumulation} acc)", str(r.code.stack),
+        f"{r.after:.0f}", f"{r.whole:.0f}", f"{r.code.registers} ({r.accumulation} acc)", str(r.code.stack),
         f"{r.code.shared / 1024:.1f}", str(r.workgroups), f"{r.in_flight / 1024:.0f}", str(r.hazards),
     ]  # fmt: skip
 
@@ -259,6 +272,48 @@ def line(name: str, product: int, gemm: Gemm, r: Report) -> list[str]:
 def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
 
+
+# --- where a tile of 128 columns of each half would be half empty
+
+NARROW = "Qwen3-30B-A3B TP4"
+ALTERNATIVES = {
+    "256 x 256, the second half empty": (256, 128, 4, None, 16),
+    "256 x 128": (256, 64, 4, None, 16),
+    "256 x 128, 32 x 32 x 64 instructions": (256, 64, 4, None, 32),
+    "256 x 128, 8 waves": (256, 64, 8, None, 16),
+    "256 x 128, 2 waves": (256, 64, 2, None, 16),
+    "256 x 128, 2 waves, a stage in registers": (256, 64, 2, False, 16),
+    "256 x 64": (256, 32, 4, None, 16),
+    "128 x 256, the second half empty": (128, 128, 4, None, 16),
+    "128 x 128": (128, 64, 4, None, 16),
+    "128 x 128, 2 waves, a stage in registers": (128, 64, 2, False, 16),
+}
+"""Tiles of prefill's first product: rows, columns of each half, waves, ``Launch.to_lds``, matrix_instr_nonkdim."""
+
+
+def alternative(row: Row, block_m: int, block_n: int, warps: int, to_lds: bool | None, nonkdim: int) -> Report:
+    """Of the first product, with a tile that the launches of a layer need not choose."""
+    gemm = Gemm(block_n, 128, warps, 2, options=dict(matrix_instr_nonkdim=nonkdim))
+    launch = products(row, Tiles(None, block_m, gemm, gemm))[0]
+    arguments = launch.arguments | dict(BLOCK_N=block_n, WAVES=2 if block_m >= 128 and warps == 4 else 1)
+    launch = replace(launch, arguments=arguments, options=launch.options | dict(num_warps=warps), to_lds=to_lds)
+    launch.kernel.device_caches.clear()  # which do not know to_lds
+    return read(launch, *compile_offline([launch], TARGET))
+
+
+def alternative_lines() -> list[list[str]]:
+    result = []
+    for name, tile in ALTERNATIVES.items():
+        r = alternative(rows()[NARROW], *tile)
+        trip = r.busy[r.busiest]
+        result.append([
+            name, str(r.tiles), str(r.workgroups), *(f"{r.busy[u] / r.busy['MFMA']:.0%}" for u in ("LDS", "VMEM")),
+            f"{trip:.0f} ({r.busiest})", f"{r.after:.0f}", f"{r.whole:.0f}", str(r.code.stack),
+        ])  # fmt: skip
+    return result
+
+
+ALTERNATIVE_HEADER = ["tile", "tiles", "workgroups", "LDS", "VMEM", "clocks a trip", "VALU after", "256 rows", "stack"]
 
 # --- times
 
@@ -332,8 +387,13 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", type=int, help="of the shipped tiles, from 0 (default: all)")
     parser.add_argument("--tile", type=tile, action="append", help="instead of the shipped ones; for both products")
     parser.add_argument("--activations", choices=("mxfp8", "bf16"), default="mxfp8", help="activation_dtype")
+    parser.add_argument("--alternatives", action="store_true", help=f"{NARROW}'s first product at prefill, by tile")
     parser.add_argument("--times", action="store_true", help="a second table: microseconds, at best, next to aiter's")
     args = parser.parse_args()
+    if args.alternatives:
+        print(f"STATIC: nothing ran. gfx950, Triton {triton.__version__}, first product of {NARROW}.\n")
+        print(table(ALTERNATIVE_HEADER, alternative_lines()))
+        return
     chosen = [rows()[name] for name in (rows() if args.rows == ["all"] else args.rows)]
     rules = configs.load("gfx950", args.activations).tiles
     tiles = args.tile or [rules[i] for i in (args.rules or range(len(rules)))]

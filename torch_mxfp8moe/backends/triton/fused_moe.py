@@ -276,7 +276,7 @@ class _Sorted(_Part):
             # with as large a part, for two workgroups of a CU; LDS has room for both if it holds one stage of each.
             block_n, num_warps, to_lds = block_n // 2, num_warps // 2, False
         elif STAGES_SPILL and x_left and gate_up and self.tiles.block_m >= 256 and columns % block_k:
-            to_lds = True
+            to_lds = True if call.swiglu_limit is not None else None
         scale_shape = (experts, rows, layout.padded_scale_columns(columns))
         return Launch(
             grouped_gemm_kernel,

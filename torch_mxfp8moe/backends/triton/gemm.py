@@ -257,9 +257,9 @@ def grouped_gemm_kernel(
             if not SCALED:
                 byte = byte_next
 
-        # On gfx950 a first product ends in a block of its own, by a condition that always holds: scheduled together
-        # with the last trip, there is more than registers hold (Triton 3.6), and more instructions.
-        ends = end > first if X_LEFT and GATE_UP else True
+        # By a condition that always holds, a long end is a block of its own: scheduled together with the loop's last
+        # trip it has more instructions, and more values than registers hold (Triton 3.6).
+        ends = end > first if X_LEFT and GATE_UP and (LIMITED or K % BLOCK_K > 0) else True
         if ends:
             _finish(
                 total, bias, out, out_scale, routes, topk_weights, weights_stride, expert, n, weight_row, slot, first,

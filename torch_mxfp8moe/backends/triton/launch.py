@@ -28,8 +28,8 @@ BUFFER_OFFSETS_WRAP = _VERSION < (3, 8)
 """Loops over whole tiles that Triton pipelines begin with a negative offset in a register, and LLVM adds to it by the
 instruction's constant: for a buffer load on AMD GPUs that is a number near 2^32, beyond the buffer, and it loads 0."""
 STAGES_SPILL = _VERSION < (3, 7)
-"""A stage that waits in registers is too much for the largest tile of gfx950's first product, where K has a tail: four
-words of a lane go to memory."""
+"""A stage that waits in registers is too much for the largest tile of gfx950's first product, where K has a tail and
+values a limit: four words of a lane go to memory."""
 
 ALIGNMENT = 256
 """Of the pieces of a workspace, in bytes; that of PyTorch's allocations is at least this."""
