@@ -25,10 +25,12 @@ SHAPE = {"hidden": 64, "intermediate": 32, "experts": 4, "topk": 2, "tiles": [LA
 def test_a_shipped_file_obeys_the_rules(path):
     config = configs.parse(path.name, json.loads(path.read_text()))
     for rules in (config.tiles, *config.shapes.values()):
-        for kernels in ("gemm", "hopper", "matvec"):
-            limits = [tiles.rows_per_expert for tiles in rules if tiles.kernels == kernels]
+        for kernels, columns in {(tiles.kernels, tiles.columns) for tiles in rules}:
+            alike = [tiles for tiles in rules if (tiles.kernels, tiles.columns) == (kernels, columns)]
+            limits = [tiles.rows_per_expert for tiles in alike]
             assert kernels != "gemm" or limits[-1] is None
             assert limits[:-1] == sorted(set(limits[:-1]))
+            assert [tiles.block_m for tiles in alike] == sorted(tiles.block_m for tiles in alike)
         for tiles in rules:
             for gemm in (tiles.gemm1, tiles.gemm2):
                 # With less, no matrix unit takes whole blocks: bf16 instructions instead.

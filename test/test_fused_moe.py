@@ -642,7 +642,7 @@ def test_many_tokens_are_served_in_parts(monkeypatch):
     assert same_bytes(OPS.fused_moe(**inputs), want) and want[3].ne(0).any()
     (kind,) = arguments._kinds.values()
     plan, _ = kind.plans["triton"]
-    assert len(plan.launches) == 25
+    assert len(plan.launches) == 5 * (5 if torch.version.hip else 4)
 
 
 def test_out_of_no_tokens():

@@ -230,7 +230,7 @@ def combine_kernel(
     total = tl.zeros([N], tl.float32)
     for k in tl.static_range(TOPK):  # without a branch, so that all loads are under way at once
         slot = tl.load(slots + token * TOPK + k).to(tl.int64)
-        term = tl.load(terms + slot * H + column, mask=within & (slot >= 0), other=0.0).to(tl.float32)
+        term = tl.load(terms + slot * H + column, mask=column < tl.where(slot >= 0, H, 0), other=0.0).to(tl.float32)
         if WEIGHTED:
             weight = tl.load(topk_weights + token * weights_stride + k).to(tl.float32)
             term *= tl.where(slot >= 0, weight, 0.0)
