@@ -50,7 +50,7 @@ SHAPES = {
     for name, row in rows().items()
 }  # fmt: skip
 """shapes.csv: what :func:`moe` takes, by model and parallelism."""
-M3, QWEN_TP4, GPT_OSS = "MiniMax-M3 TP4", "Qwen3-30B-A3B TP4", "gpt-oss-120b TP1"
+M3, M3_TP8, QWEN_TP4, GPT_OSS = "MiniMax-M3 TP4", "MiniMax-M3 TP8", "Qwen3-30B-A3B TP4", "gpt-oss-120b TP1"
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -135,6 +135,16 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
     return codes
 
 
+def chosen(call: FusedMoe, arch: str, tiles: Tiles) -> bool:
+    """Whether calls like this one get those tiles with the most tokens that these are for."""
+    rows = 1e6 if tiles.rows_per_expert is None else tiles.rows_per_expert
+    sizes = dict(
+        tokens=int(rows * max(call.experts, call.global_experts) / call.topk), hidden=call.hidden,
+        intermediate=call.intermediate, experts=max(call.experts, call.global_experts), topk=call.topk,
+    )  # fmt: skip
+    return tiles == configs.choose(arch, call.activation_dtype, **sizes, admits=lambda x: admits(call, Target(arch), x))
+
+
 def gemm_cases():
     """(arch, rule, activation dtype, layout, shape) of everything that this scope compiles."""
     for arch, dtype in product(ARCHS, ("mxfp8", "bf16")):
@@ -146,11 +156,15 @@ def gemm_cases():
             call = moe(**sizes, layout=layout, activation_dtype=dtype)
             if not admits(call, Target(arch), tiles):
                 continue
+            hopper = tiles.kernels == "hopper"
+            if hopper and not chosen(call, arch, tiles):
+                continue
             last = rule == len(rules) - 1
             if layout != "row_major":  # the architecture it is made for, and one more
                 scope = 1 if shape == M3 and arch == "gfx950" else 1 if shape == M3 and arch == "sm_90" and last else 2
             elif dtype == "mxfp8":
-                scope = 0 if shape == M3 else 1 if shape == GPT_OSS or shape == QWEN_TP4 and last else 2
+                more = hopper if shape in (M3_TP8, QWEN_TP4) else shape == GPT_OSS
+                scope = 0 if shape == M3 else 1 if more or shape == QWEN_TP4 and last else 2
             elif shape == GPT_OSS:  # its K tail and biases take most registers; mxfp8 is another kernel if it is scaled
                 scope = 0 if last else 1 if Target(arch).scaled else 2
             else:

@@ -14,8 +14,9 @@ tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones
 null there and serves the rest. Rules of kernels that do not take every call are passed over by those that they do not
 take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90; H and I are multiples of
 what block_k is in gemm1 and gemm2), and rules with block_m 1, in which each route is served by itself
-(:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on shapes and dtypes only, never on where tokens are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to
-Triton's compiler as options. ``tools/tune_gpu.py`` writes these files.
+(:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on shapes and dtypes only, never on where tokens
+are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to Triton's compiler as options.
+``tools/tune_gpu.py`` writes these files.
 """
 
 import json
