@@ -183,7 +183,7 @@ def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
 @_without_gradients
 def fused_moe(call: FusedMoe) -> torch.Tensor:
     """The output of a checked call, written to its ``out`` if it has one."""
-    backend = call.kind.backend or select(call)
+    backend = select(call)
     if call.out is None:
         return backend.new_fused_moe(call)
     backend.fused_moe(call)

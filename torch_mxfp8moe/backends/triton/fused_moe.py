@@ -205,8 +205,7 @@ class _Sorted(_Part):
                 EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK_POW2=triton.next_power_of_2(call.topk),
                 ROUTES=max(32, triton.next_power_of_2(self.routes)) if self.few else 0,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
-                NATIVE_E4M3=self.target.native_e4m3,
-                N=BLOCKS_PER_PROGRAM,
+                NATIVE_E4M3=self.target.native_e4m3, N=BLOCKS_PER_PROGRAM,
             ),
         )  # fmt: skip
 

@@ -228,8 +228,7 @@ class Plan:
                 self._run(op, memory, device, target)
 
     def _run(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
-        if self.workspace:
-            memory = self._with_workspace(memory, device)
+        memory = self._with_workspace(memory, device)
         if self._ready is None:
             self._ready = self._prepare(op, memory, target)
         addresses = {name: x.data_ptr() for name, x in memory.items()}
