@@ -628,7 +628,6 @@ def test_out_writes_a_slice(T, dtype):
 
 
 @small
-@small
 @pytest.mark.skipif(BACKEND != "triton", reason=f"calls go to {BACKEND}")
 def test_many_tokens_are_served_in_parts(monkeypatch):
     """Where intermediates would be too large a call takes its tokens in turns, here one at a time: the same bits."""
@@ -643,6 +642,32 @@ def test_many_tokens_are_served_in_parts(monkeypatch):
     (kind,) = arguments._kinds.values()
     plan, _ = kind.plans["triton"]
     assert len(plan.launches) == 5 * (5 if torch.version.hip else 4)
+
+
+@small
+@pytest.mark.skipif(BACKEND != "triton", reason=f"calls go to {BACKEND}")
+@pytest.mark.parametrize("T, per_part", ((1, 32), (5, 4), (24, 8)))
+def test_slots_of_many_routes(T, per_part, monkeypatch):
+    """Found in parts, the sums over which take several steps: the same bits, through an expert map too."""
+    from torch_mxfp8moe import arguments
+    from torch_mxfp8moe.backends.triton import fused_moe as launches
+
+    entries = torch.tensor([2, -1, 0, 9, 4, -3, 1, -1, 3], dtype=torch.int32)
+    inputs = moe_inputs(T=T, K=3, E=5, G=9, id_dtype=torch.int64)
+    inputs["topk_ids"][-1, 0] = 2**40
+    inputs |= dict(expert_map=entries, num_tokens=torch.tensor(T - T // 5, dtype=torch.int32))
+    tiles = launches.configs.load("default").tiles[-1]
+    monkeypatch.setattr(launches.configs, "choose", lambda *args, **options: tiles)
+    arguments._kinds.clear()
+    want = OPS.fused_moe(**inputs)
+    for name, value in dict(FEW_ROUTES=0, MANY_ROUTES=0, ROUTES_PER_PART=per_part, PARTS_PER_STEP=2).items():
+        monkeypatch.setattr(launches, name, value)
+    arguments._kinds.clear()
+    assert same_bytes(OPS.fused_moe(**inputs), want) and want.ne(0).any()
+    (kind,) = arguments._kinds.values()
+    names = [launch.kernel.__name__ for launch in kind.plans["triton"][0].launches]
+    assert names[:4] == ["count_kernel", "sum_kernel", "place_kernel", "dispatch_kernel"]
+    arguments._kinds.clear()
 
 
 def test_out_of_no_tokens():

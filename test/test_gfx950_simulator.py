@@ -1297,6 +1297,28 @@ def test_fused_moe_with_expert_map():
     assert not out[20:].any() and out[:20].any()
 
 
+def test_fused_moe_of_many_routes(monkeypatch):
+    """Slots found in parts, with ids that name no expert and an expert map, are those that are found at once."""
+    inputs = moe_inputs(T=33, H=160, I=96, E=3, K=3, G=9)
+    inputs["expert_map"] = torch.tensor([2, -1, 0, -7, 1, 3, 2**31 - 1, -(2**31), -1], dtype=torch.int32)
+    inputs["num_tokens"] = torch.tensor([20], dtype=torch.int32)
+    inputs["topk_ids"][0, 0] = -1
+    call = ops.moe_call(inputs)
+
+    def slots(kernels: list[str]) -> list[torch.Tensor]:
+        launches = ops.bound_launches(call)[: len(kernels)]
+        assert [one.kernel.__name__ for one in launches] == kernels
+        launch.simulate(launches, ops.TARGET, call.inputs.values())
+        slots, routes, offsets = (launches[-1].arguments[name] for name in ("slots", "routes", "offsets"))
+        return [slots, routes[: offsets[-1]], offsets]
+
+    want = slots(["route_kernel"])
+    monkeypatch.setattr(ops.fused_moe_launches, "MANY_ROUTES", 0)
+    monkeypatch.setattr(ops.fused_moe_launches, "PARTS_PER_STEP", 1)
+    got = slots(["count_kernel", "sum_kernel", "place_kernel"])
+    assert all(map(torch.equal, got, want)) and 0 < want[2][-1] < 60 and want[0].min() == -1
+
+
 def test_fused_moe_of_nan():
     """A NaN stays in its token."""
     inputs = moe_inputs(T=7, H=160, I=96, E=3, K=2)

@@ -343,7 +343,8 @@ def test_the_host_reads_no_data(monkeypatch, arch):
 
     layer = ["route_kernel", "dispatch_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]
     few = layer[1:] if arch.startswith("sm_") else layer
-    expected = {1: ["gate_up_kernel", "down_kernel"] if arch == "sm_90" else few, 40: few, 3000: layer}
+    many = ["count_kernel", "sum_kernel", "place_kernel", *layer[1:]]
+    expected = {1: ["gate_up_kernel", "down_kernel"] if arch == "sm_90" else few, 40: few, 2000: layer, 3000: many}
     cases = [
         moe_inputs(T=T, G=9, E=5, K=2, bias_dtype=torch.float32, scaled=scaled)
         | dict(expert_map=torch.zeros(9, dtype=torch.int32), num_tokens=torch.zeros(1, dtype=torch.int32))

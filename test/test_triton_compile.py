@@ -30,12 +30,14 @@ import sass  # noqa: E402
 from gfx950_simulator import assembly, code_object  # noqa: E402
 from test_gpu_hopper import TILES  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import FEW_ROUTES, admits, plan  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import FEW_ROUTES, MANY_ROUTES, admits, plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 from torch_mxfp8moe.backends.triton.matvec import down_kernel, gate_up_kernel  # noqa: E402
-from torch_mxfp8moe.backends.triton.routing import combine_kernel, dispatch_kernel, route_kernel  # noqa: E402
+from torch_mxfp8moe.backends.triton.routing import (  # noqa: E402
+    combine_kernel, count_kernel, dispatch_kernel, place_kernel, route_kernel, sum_kernel,
+)  # fmt: skip
 
 ARCHS = tuple(machine_code.SHARED)
 SCOPES = ("few", "usual", "all")
@@ -84,13 +86,19 @@ KERNELS = {
     "matvec": [gate_up_kernel, down_kernel],
 }
 """Of a layer, by what ``Tiles.kernels`` names."""
+ROUTING = [route_kernel], [count_kernel, sum_kernel, place_kernel], []
+"""Before the dispatch kernel: mostly; of many routes; of few, but not on AMD GPUs."""
 
 
 def launches(call: FusedMoe, arch: str, tiles: Tiles) -> list:
     """Those of a layer."""
     parts = plan(call, Target(arch), tiles).bind(call.inputs | {"out": call.out}, call.device)
-    few = call.tokens * call.topk <= FEW_ROUTES and not arch.startswith("gfx")
-    assert [part.kernel for part in parts] == [k for k in KERNELS[tiles.kernels] if not (few and k is route_kernel)]
+    expected = KERNELS[tiles.kernels]
+    if expected[0] is route_kernel:
+        routes = call.tokens * call.topk
+        first = ROUTING[1 if routes > MANY_ROUTES else -1 if routes <= FEW_ROUTES and not arch.startswith("gfx") else 0]
+        expected = first + expected[1:]
+    assert [part.kernel for part in parts] == expected
     return parts
 
 

@@ -14,7 +14,7 @@ from .gemm import grouped_gemm_kernel
 from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, STAGES_SPILL, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .matvec import down_kernel, gate_up_kernel
 from .memory import order
-from .routing import combine_kernel, dispatch_kernel, route_kernel
+from .routing import combine_kernel, count_kernel, dispatch_kernel, place_kernel, route_kernel, sum_kernel
 from .targets import HIP_ARCHITECTURES, Target, multiprocessors
 
 LARGEST_WORKSPACE = 1 << 30
@@ -23,8 +23,14 @@ LARGEST_WORKSPACE = 1 << 30
 FEW_ROUTES = 512
 """Whose slots each program of the dispatch kernel finds by itself."""
 
+MANY_ROUTES = 4096
+"""More of them get their slots in parts of ROUTES_PER_PART, whose counts are summed PARTS_PER_STEP at a time."""
+
+ROUTES_PER_PART = 64
+PARTS_PER_STEP = 512
+
 ROUTES_PER_STEP = 1024, 4096
-"""Of the kernel that finds them otherwise: the first if these are all."""
+"""Of the kernel that finds the slots of all others: the first if these are all."""
 
 BLOCKS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 1024
@@ -168,28 +174,41 @@ class _Sorted(_Part):
         self.offsets = self._scratch(torch.int32, call.experts + 1)
         self.tile_list = self._scratch(torch.int32, self.tiles_bound, 2)
         self.counters = self._scratch(torch.int32, 2, 2) if self.specialized else None
+        self.experts_pow2 = triton.next_power_of_2(call.experts)
 
     def launches(self) -> list[Launch]:
         gemm = self._specialized_gemm if self.specialized else self._gemm
         return [
-            *([] if self.few else [self._route()]),
+            *self._route(),
             self._dispatch(),
             gemm(self.tiles.gemm1, self.rows, self.rows_scale, "w1", True),
             gemm(self.tiles.gemm2, self.inner, self.inner_scale, "w2", False),
             self._combine(),
         ]
 
-    def _route(self) -> Launch:
-        return Launch(
-            route_kernel,
-            (self.call.experts,),
-            self._routing()
-            | dict(
-                slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
-                N=ROUTES_PER_STEP[self.routes > ROUTES_PER_STEP[0]],
+    def _route(self) -> list[Launch]:
+        result = dict(slots=self.slots, routes=self.sorted_routes, offsets=self.offsets)
+        options = dict(num_warps=8)
+        if self.few:
+            return []
+        if self.routes <= MANY_ROUTES:
+            step = ROUTES_PER_STEP[self.routes > ROUTES_PER_STEP[0]]
+            return [Launch(route_kernel, (self.call.experts,), self._routing() | result | dict(N=step), options)]
+        parts, columns = triton.cdiv(self.routes, ROUTES_PER_PART), min(4, self.experts_pow2)
+        counts = self._scratch(torch.int32, parts, self.experts_pow2)
+        before = self._scratch(torch.int32, parts + 1, self.experts_pow2)
+        sizes = dict(EXPERTS_POW2=self.experts_pow2)
+        part = self._routing() | sizes | dict(N=ROUTES_PER_PART)
+        return [
+            Launch(count_kernel, (parts,), part | dict(counts=counts), options),
+            Launch(
+                sum_kernel,
+                (self.experts_pow2 // columns,),
+                sizes | dict(counts=counts, before=before, parts=parts, ROWS=PARTS_PER_STEP, COLUMNS=columns),
+                options,
             ),
-            dict(num_warps=8),
-        )  # fmt: skip
+            Launch(place_kernel, (parts,), part | result | dict(before=before), options),
+        ]
 
     def _dispatch(self) -> Launch:
         call = self.call
@@ -202,7 +221,7 @@ class _Sorted(_Part):
                 slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
                 rows=self.rows, rows_scale=self.rows_scale,
                 tiles=self.tile_list, tiles_bound=self.tiles_bound, counters=self.counters, H=call.hidden,
-                EXPERTS_POW2=triton.next_power_of_2(call.experts), TOPK_POW2=triton.next_power_of_2(call.topk),
+                EXPERTS_POW2=self.experts_pow2, TOPK_POW2=triton.next_power_of_2(call.topk),
                 ROUTES=max(32, triton.next_power_of_2(self.routes)) if self.few else 0,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
                 NATIVE_E4M3=self.target.native_e4m3, N=BLOCKS_PER_PROGRAM,

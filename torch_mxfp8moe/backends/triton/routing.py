@@ -2,8 +2,10 @@
 
 A route is one (token, k) pair, numbered token * K + k. ``route_kernel`` gives every route that reaches a local expert a
 slot, such that the slots of one expert are neighbours, in the order of the routes: a counting sort that never tells the
-host anything, never uses an atomic and gives the same slots every time. ``dispatch_kernel`` rounds the activations and
-copies them to their slots, so that the products read and write contiguous rows. ``combine_kernel`` sums the results.
+host anything and gives the same slots every time. Each of its programs reads all routes, twice;
+of many, ``count_kernel``, ``sum_kernel`` and ``place_kernel`` do the same in parts. ``dispatch_kernel`` rounds the
+activations and copies them to their slots, so that the products read and write contiguous rows. ``combine_kernel`` sums
+the results.
 """
 
 import triton
@@ -68,6 +70,69 @@ def route_kernel(
         if expert == 0:
             tl.store(slots + route, -1, mask=(route < routes_total) & (local < 0))
         slot += tl.sum(mine.to(tl.int32))
+
+
+@triton.jit(
+    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
+)
+def count_kernel(
+    topk_ids, expert_map, num_tokens, counts,
+    routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
+    EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One program a part of N routes. Writes counts [parts, EXPERTS_POW2]: how many of the part reach each expert."""
+    part = tl.program_id(0)
+    local = local_experts(
+        topk_ids, expert_map, num_tokens, part * N + tl.arange(0, N), routes_total, ids_stride, first_token, known,
+        EXPERTS, TOPK,
+    )  # fmt: skip
+    count = tl.histogram(tl.maximum(local, 0), EXPERTS_POW2, mask=local >= 0)
+    tl.store(counts + part * EXPERTS_POW2 + tl.arange(0, EXPERTS_POW2), count)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_kernel(counts, before, parts: "i32", EXPERTS_POW2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program for COLUMNS experts. Writes before [parts + 1, EXPERTS_POW2]: of the parts before each, the sum of
+    ``counts``, and in the last row that of all."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, parts, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at = row * EXPERTS_POW2 + column[None, :]
+        count = tl.load(counts + at, mask=row < parts, other=0)
+        tl.store(before + at, total[None, :] + tl.cumsum(count, 0) - count, mask=row < parts)
+        total += tl.sum(count, 0)
+    tl.store(before + parts * EXPERTS_POW2 + column, total)
+
+
+@triton.jit(
+    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
+)
+def place_kernel(
+    topk_ids, expert_map, num_tokens, before, slots, routes, offsets,
+    routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
+    EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """After :func:`sum_kernel`, one program a part. Writes what :func:`route_kernel` does."""
+    part = tl.program_id(0)
+    expert = tl.arange(0, EXPERTS_POW2)
+    count = tl.load(before + tl.num_programs(0) * EXPERTS_POW2 + expert)
+    end = tl.cumsum(count, 0)
+    if part == 0:
+        tl.store(offsets + expert, end - count, mask=expert < EXPERTS)
+        tl.store(offsets + EXPERTS, tl.max(end, 0))
+    lane = tl.arange(0, N)
+    route = part * N + lane
+    local = local_experts(
+        topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
+    )  # fmt: skip
+    first = end - count + tl.load(before + part * EXPERTS_POW2 + expert)
+    earlier = (local[None, :] == local[:, None]) & (lane[None, :] < lane[:, None])
+    slot = tl.gather(first, tl.maximum(local, 0), 0) + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(slots + route, tl.where(local >= 0, slot, -1), mask=route < routes_total)
+    tl.store(routes + slot, route, mask=local >= 0)
 
 
 @triton.jit
