@@ -58,7 +58,7 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     for line in lines:
         if isinstance(line, str):
             labels[line] = len(code)
-        elif re.match(r"HGMMA|BRA|EXIT", line.name) or line.operands[0] in kept or line.operands[0].startswith("U"):
+        elif re.match(r"HGMMA|BRA|BRX|EXIT", line.name) or line.operands[0] in kept or line.operands[0].startswith("U"):
             code.append(line)
     return code, labels
 
@@ -177,6 +177,8 @@ def walk(code: list[Instruction], labels: dict[str, int], choose: random.Random)
             return
         if instruction.name.startswith("BRA"):
             at = labels[re.search(r"\.L_x_\d+", instruction.operands[-1])[0]]
+        elif instruction.name == "BRX":  # to what a group of warps does
+            at = labels[choose.choice(re.findall(r"\.L_x_\d+", " ".join(instruction.operands)))]
         else:
             execute(instruction, registers)
 

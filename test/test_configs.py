@@ -64,7 +64,7 @@ def test_which_file_serves(monkeypatch, tmp_path):
 
 def test_the_first_rule_that_is_wide_enough_serves(monkeypatch):
     rules = [LAST | {"rows_per_expert": rows, "block_m": m} for rows, m in ((2.5, 16), (8, 32), (None, 64))]
-    shape = SHAPE | {"tiles": [LAST | {"block_m": 128}]}
+    shape = SHAPE | {"tiles": [LAST | {"rows_per_expert": 3, "block_m": 128}]}
     config = configs.parse("here", {"tiles": rules, "shapes": [shape]})
     monkeypatch.setattr(configs, "load", lambda *_: config)
 
@@ -74,7 +74,7 @@ def test_the_first_rule_that_is_wide_enough_serves(monkeypatch):
 
     assert [block_m(t) for t in (1, 5, 6, 16, 17, 10**9)] == [16, 16, 32, 32, 64, 64]
     assert [block_m(5, topk=3), block_m(6, experts=5)] == [32, 16]
-    assert [block_m(t, hidden=64) for t in (1, 10**9)] == [128, 128]  # a shape that is listed
+    assert [block_m(t, hidden=64) for t in (1, 6, 7, 10**9)] == [128, 128, 32, 64]  # a shape that is listed
 
 
 @given(
@@ -141,7 +141,7 @@ def test_unknown_keys():
         wrong(lambda data: data["tiles"][0].update(block_n=64)),
         """\
 file.json, rule 0: has the keys ['block_m', 'block_n', 'gemm1', 'gemm2', 'rows_per_expert']; \
-it takes rows_per_expert, block_m, gemm1 and gemm2""",
+it takes rows_per_expert, block_m, gemm1 and gemm2, and may have gather""",
     )
 
 
@@ -193,6 +193,28 @@ def test_rules_with_programs_that_do_not_fit():
     assert_expected_inline(
         said(with_programs(30, num_stages=1), LAST),
         """file.json, rule 0, gemm1: num_stages is 1; with programs it takes 2 to 8""",
+    )
+    for others in (dict(num_stages=3), dict(num_warps=8, num_stages=4)):
+        assert_expected_inline(
+            said(with_programs(30, turns=2, **others), LAST),
+            """file.json, rule 0, gemm1: turns is 2; with it programs is not 0, num_warps is 4 and num_stages even""",
+        )
+    assert_expected_inline(
+        said(with_programs(30, turns=2, num_stages=4), LAST),
+        """file.json, rule 0: block_m is 64; with turns it takes 8 to 32""",
+    )
+    assert_expected_inline(
+        said(with_programs(30, turns=3), LAST), """file.json, rule 0, gemm1: turns is 3; it takes 1 or 2"""
+    )
+    for others in (dict(turns=2, num_stages=4), dict(num_warps=8)):
+        assert_expected_inline(
+            said(with_programs(30, 32, **others) | {"gather": True}, LAST),
+            """\
+file.json, rule 0: gather is True; true takes programs, block_m up to 64, and 4 warps and 1 turn in gemm1""",
+        )
+    assert_expected_inline(
+        said(RULE | {"gather": True}, LAST),
+        """file.json, rule 0: gather is True; true takes programs, block_m up to 64, and 4 warps and 1 turn in gemm1""",
     )
     assert_expected_inline(
         said(with_programs(30, block_k=32), LAST),

@@ -17,34 +17,42 @@ pytestmark = [
 ]
 
 
-def tiles(block_m: int, *gemms: tuple) -> Tiles:
-    """Each of ``gemms``: weight rows of a tile, columns of a stage, warps, stages, programs."""
+def tiles(block_m: int, *gemms: tuple, gather: bool = False) -> Tiles:
+    """Each of ``gemms``: weight rows of a tile, columns of a stage, warps, stages, programs, turns if they are two."""
     return Tiles(
         None,
         block_m,
         *(
-            Gemm(rows // halves, columns, warps, stages, True, programs)
-            for halves, (rows, columns, warps, stages, programs) in zip((2, 1), gemms)
+            Gemm(rows // halves, columns, warps, stages, True, *others)
+            for halves, (rows, columns, warps, stages, *others) in zip((2, 1), gemms)
         ),
+        gather=gather,
     )
 
 
 TILES = {
-    f"{block_m} slots, {first}, {second}": tiles(block_m, first, second)
-    for block_m, first, second in (
-        (128, (128, 64, 4, 3, 2), (128, 64, 4, 4, 2)),
-        (128, (128, 64, 4, 4, 2), (128, 64, 4, 3, 2)),
-        (128, (256, 64, 8, 4, 1), (256, 64, 8, 5, 1)),
-        (64, (128, 256, 4, 3, 1), (128, 128, 4, 3, 2)),
-        (32, (64, 256, 4, 3, 2), (128, 256, 4, 2, 2)),
-        (16, (256, 128, 8, 3, 1), (64, 128, 4, 5, 3)),
-        (8, (64, 256, 4, 4, 2), (64, 256, 4, 2, 4)),
+    f"{block_m} slots, {first}, {second}{', gathered' * gather}": tiles(block_m, first, second, gather=gather)
+    for block_m, first, second, gather in (
+        (128, (128, 64, 4, 3, 2), (128, 64, 4, 4, 2), False),
+        (128, (128, 64, 4, 4, 2), (128, 64, 4, 3, 2), False),
+        (128, (256, 64, 8, 4, 1), (256, 64, 8, 5, 1), False),
+        (64, (128, 256, 4, 3, 1), (128, 128, 4, 3, 2), False),
+        (32, (64, 256, 4, 3, 2), (128, 256, 4, 2, 2), False),
+        (16, (256, 128, 8, 3, 1), (64, 128, 4, 5, 3), False),
+        (8, (64, 256, 4, 4, 2), (64, 256, 4, 2, 4), False),
+        (8, (64, 128, 4, 8, 1, 2), (64, 128, 4, 2, 2, 2), False),
+        (32, (64, 256, 4, 6, 1, 2), (128, 64, 4, 4, 2, 2), False),
+        (16, (128, 128, 4, 6, 1, 2), (64, 128, 4, 4, 1, 2), False),
+        (64, (128, 64, 4, 4, 2), (128, 64, 4, 4, 2), True),
+        (64, (128, 128, 4, 4, 1), (128, 64, 4, 4, 2), True),
+        (16, (64, 256, 4, 6, 1), (128, 64, 4, 4, 2), True),
     )
 }
 CASES = CASES | {
     "smallest": (dict(H=64, I=64, E=1, K=1), dict()),
     "steps of all kinds": (dict(H=320, I=192), dict()),
     "several words of scale bytes": (dict(H=1280, I=768), dict()),
+    "an odd number of stages": (dict(H=768, I=384), dict()),
 }
 
 
@@ -53,27 +61,30 @@ CASES = CASES | {
 def test_like_the_reference(case, tiles):
     """Every element, for experts with few and many tokens; the same bits each time."""
     sizes, options = CASES[case]
-    if sizes.get("H", 512) % tiles.columns[0] or sizes.get("I", 256) % tiles.columns[1]:
-        pytest.skip(f"the tiles take H and I that are multiples of {tiles.columns}")
+    for size, gemm in ((sizes.get("H", 512), tiles.gemm1), (sizes.get("I", 256), tiles.gemm2)):
+        if size % gemm.block_k or size < gemm.turns * gemm.block_k:
+            pytest.skip(f"the tile takes {gemm.turns} or more times {gemm.block_k} columns")
     for T in (1, 7, 70, 300):
         assert_like_the_reference(dict(T=T, H=512, I=256, E=5, K=2) | sizes, options, repeats=3, to=on_gpu)
 
 
 @pytest.mark.parametrize(
-    "rows, columns, stages", [(128, 64, 3), (128, 64, 4), (128, 128, 2), (128, 256, 3), (64, 256, 4)]
-)
+    "rows, columns, stages, turns",
+    [(128, 64, 3, 1), (128, 64, 4, 1), (128, 128, 2, 1), (128, 256, 3, 1), (64, 256, 4, 1), (64, 256, 4, 2),
+     (128, 64, 4, 2)],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "K, column",
     [(K, K - left) for K in (64, 128, 256, 2048) for left in (64, 27, 128, 91, 155, 219) if left <= K],
 )
-def test_every_code_with_every_scale(K, column, rows, columns, stages):
+def test_every_code_with_every_scale(K, column, rows, columns, stages, turns):
     """A weight's row holds one code; what it is multiplied with is 1, so that the product is its value."""
     from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel
     from torch_mxfp8moe.backends.triton.launch import Descriptor, Launch, Operand
     from torch_mxfp8moe.backends.triton.memory import PRODUCT_ORDER
 
-    if K % columns:
-        pytest.skip(f"the tile takes K that are multiples of {columns}")
+    if K % columns or K < turns * columns:
+        pytest.skip(f"the tile takes {turns} or more times {columns} columns")
     box = min(columns, 128)
     E, N = 64, 1024
     codes = torch.zeros(E, 1, N, K, dtype=torch.uint8, device="cuda")
@@ -93,7 +104,8 @@ def test_every_code_with_every_scale(K, column, rows, columns, stages):
         w_scale=scale, bias=None, out=out, tiles=torch.stack((experts[:-1], experts[:-1]), 1).contiguous(),
         offsets=experts, routes=experts, topk_weights=None, counters=counters,
         count=E * N // rows, weights_stride=0, alpha=1.0, beta=0.0, limit=0.0, K=K, N=N, GATE_UP=False, MXFP8=False,
-        LIMITED=False, BLOCK_M=16, BLOCK_N=rows, COLUMNS=columns, STAGES=stages,
+        LIMITED=False, BLOCK_M=16, BLOCK_N=rows, COLUMNS=columns, STAGES=stages, TURNS=turns,
+        GATHER=False, TOPK=1,
     )  # fmt: skip
     launch = Launch(warpgroup_gemm_kernel, (100,), arguments, dict(num_warps=4, maxnreg=128))
     data = codes[:, 0, :, column].contiguous().view(torch.float8_e4m3fn)

@@ -61,7 +61,7 @@ def test_a_shipped_file_survives_reading_and_writing(path):
     config = configs.parse(path.name, json.loads(text))
     for rule, tiles in zip(json.loads(text)["tiles"], config.tiles, strict=True):
         parts = [tuning.gemm_json(getattr(tiles, gemm)) for gemm in GEMMS]
-        shared = tuning.normal({"block_m": rule["block_m"], "kernels": tiles.kernels})
+        shared = tuning.normal({"block_m": rule["block_m"], "gather": tiles.gather, "kernels": tiles.kernels})
         assert parts == [rule[gemm] for gemm in GEMMS] and tuning.rule_json(tiles) == shared
         assert Tile.of_file(rule).json(rule["rows_per_expert"]) == rule
         assert dataclasses.replace(tuning.tiles_of(tuning.rule_json(tiles), *parts), rows_per_expert=None) == (
@@ -100,7 +100,7 @@ def test_fields_that_others_add_need_nothing_here(monkeypatch):
 def test_the_space_is_of_tiles_that_configs_take(arch):
     for kernels, space in tuning.space_of(arch).items():
         rules = tuning.rules_to_try(point(1), kernels, space["rule"], width=1e9)
-        assert len(rules) == len(space["rule"]["block_m"])
+        assert len(rules) == math.prod(map(len, space["rule"].values()))
         for rule, gemm in itertools.product(rules, GEMMS):
             partner = tuning.PARTNERS[kernels][gemm]
             assert tuning.normal(partner) == partner and tuning.fits(gemm, rule, partner)
@@ -152,15 +152,17 @@ def test_tiles_without_room_are_not_tried():
 
 
 @pytest.mark.parametrize(
-    "block_m, warps, stages, programs, fit", [(128, 4, 4, 2, True), (16, 8, 4, 3, False), (128, 8, 7, 1, False)]
+    "block_m, warps, stages, programs, turns, fit",
+    [(128, 4, 4, 2, 1, True), (16, 8, 4, 3, 1, False), (128, 8, 7, 1, 1, False), (32, 4, 8, 1, 2, True)],
 )
-def test_what_a_hopper_tile_holds_is_not_more_than_is_counted(block_m, warps, stages, programs, fit):
+def test_what_a_hopper_tile_holds_is_not_more_than_is_counted(block_m, warps, stages, programs, turns, fit):
     """Against what Triton says of both products."""
     from torch_mxfp8moe.backends.triton.launch import compile_offline
 
     rule = {"block_m": block_m, "kernels": "hopper"}
     for part, block_n in (("gemm1", 16 * warps), ("gemm2", 32 * warps)):
         tile = {"block_n": block_n, "block_k": 64, "num_warps": warps, "num_stages": stages, "programs": programs}
+        tile |= {"turns": 2} if turns == 2 else {}
         gemms = {name: key(one) for name, one in tuning.with_partner(part, rule, tile).items()}
         task = Task("Qwen3-30B-A3B TP1", (64,), "mxfp8", "sm_90", part, key(rule), **gemms)
         (kernel,) = compile_offline(task.launches(), Target("sm_90"))
@@ -697,7 +699,7 @@ def expected(chains: list[list[dict]], rows: float, kernels: tuple[str, ...]) ->
 
 def served(rules: list[dict], rows: float, kernels: tuple[str, ...]) -> Tile:
     """As ``configs.choose`` does."""
-    for tiles, rule in zip(configs.parse("file", {"tiles": rules}).tiles, rules):
+    for tiles, rule in ((configs.rule("rule", rule), rule) for rule in rules):
         if (tiles.rows_per_expert is None or rows <= tiles.rows_per_expert) and tiles.kernels in kernels:
             return Tile.of_file(rule)
     raise AssertionError("the last rule has no limit")
@@ -796,8 +798,9 @@ def test_any_journal_gives_a_file_that_serves_every_call(data):
     shapes = {tuple(one[name] for name in tuning.SIZES): one["tiles"] for one in written.get("shapes", [])}
     for table in tables:
         for at in table.times:
-            one = served(shapes.get(at.shape, written["tiles"]), at.rows, table.kernels)
-            assert one == tuning.chosen(shapes.get(at.shape, written["tiles"]), at, table.kernels)
+            rules = [*shapes.get(at.shape, []), *written["tiles"]]
+            one = served(rules, at.rows, table.kernels)
+            assert one == tuning.chosen(rules, at, table.kernels)
             assert one.kernels in table.kernels and (one.kernels != "hopper" or at.row == "A")
 
 

@@ -146,7 +146,7 @@ class Tuner:
         """Of each point those for the configured rule come first."""
         shape = (row.hidden, row.intermediate, row.experts, row.topk)
         config, admitted = configs.load(self.target.arch, self.args.activations), self.admitted(row)
-        rules = [tiles for tiles in config.shapes.get(shape, config.tiles) if tiles.kernels in admitted]
+        rules = [tiles for tiles in config.rules(shape) if tiles.kernels in admitted]
         result = []
         for T in self.args.tokens:
             point = Point(row.name, shape, T)
@@ -299,7 +299,8 @@ def write(args, journal: Journal) -> None:
     shapes = {tuple(shape[name] for name in tuning.SIZES): shape["tiles"] for shape in data.get("shapes", [])}
     for table in tables:
         for point in table.times:
-            cost = table.over_best(point, tuning.chosen(shapes.get(point.shape, data["tiles"]), point, table.kernels))
+            rules = [*shapes.get(point.shape, []), *data["tiles"]]
+            cost = table.over_best(point, tuning.chosen(rules, point, table.kernels))
             worst = max(worst, cost or 1.0)
             if cost is None or cost > 1 + args.within / 100:
                 said = "was not measured" if cost is None else f"takes {cost:.3f}"

@@ -49,8 +49,10 @@ SPACES = {
             },
         },
         "hopper": {
-            "rule": {"block_m": (8, 16, 32, 64, 128)},
-            "both": {"block_k": (64, 128, 256), "num_stages": (2, 3, 4, 5, 6, 7, 8), "programs": (1, 2, 3)},
+            "rule": {"block_m": (8, 16, 32, 64, 128), "gather": (False, True)},
+            "both": {
+                "block_k": (64, 128, 256), "num_stages": (2, 3, 4, 5, 6, 7, 8), "programs": (1, 2, 3), "turns": (1, 2),
+            },
             "gemm1": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 32), (4, 64), (8, 128)))},
             "gemm2": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 64), (4, 128), (8, 256)))},
         },
@@ -164,9 +166,16 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
         rows = tile["block_n"] * (2 if part == "gemm1" else 1)
         if rows == 16 * tile["num_warps"] and tile["block_k"] == 64:
             return False  # a halved tile takes two steps at a time
-        # Of shared memory: a ring of activations (bf16), weights and barriers; 1 KiB a warp for what the ending turns.
+        turns = tile.get("turns", 1)
+        if turns == 2 and (tile["num_warps"] != 4 or tile["num_stages"] % 2 or rule["block_m"] > 32):
+            return False
+        if rule.get("gather") and (rule["block_m"] > 64 or part == "gemm1" and (tile["num_warps"] != 4 or turns == 2)):
+            return False
+        # Of shared memory: a ring of activations (bf16), weights and barriers; 1 KiB a warp for what the ending turns;
+        # what one of two groups of warps hands to the other.
         stage = tile["block_k"] * (2 * rule["block_m"] + rows) + 64
-        return tile["programs"] * (tile["num_stages"] * stage + 1024 * tile["num_warps"]) <= 227 << 10
+        handed = 4 * rows * rule["block_m"] * (turns - 1)
+        return tile["programs"] * (tile["num_stages"] * stage + 1024 * tile["num_warps"] + handed) <= 227 << 10
     if kernels == "matvec":
         # Of registers: each 4 codes of a piece take two of a lane's, for this piece and the next one. 128, of NVIDIA's
         # 255 and 32 lanes; AMD GPUs would have room for more.

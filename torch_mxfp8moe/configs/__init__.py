@@ -6,10 +6,10 @@ that is another matrix instruction::
 
     {"tiles": [RULE, ...], "shapes": [{"hidden": H, "intermediate": I, "experts": E, "topk": K, "tiles": [RULE, ...]}]}
 
-    RULE = {"rows_per_expert": 16, "block_m": 16, "gemm1": GEMM, "gemm2": GEMM}
+    RULE = {"rows_per_expert": 16, "block_m": 16, "gemm1": GEMM, "gemm2": GEMM, "gather": true}
     GEMM = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4, "descriptors": true, ...}
 
-Of the rules of a shape, or those of ``tiles`` if the shape is not listed, the first one serves a call whose
+Of the rules of a shape, if it is listed, and then those of ``tiles``, the first one serves a call whose
 tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
 null there and serves the rest. Rules of kernels that do not take every call are passed over by those that they do not
 take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90; H and I are multiples of
@@ -48,6 +48,9 @@ class Gemm:
     the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, and block_k 64, 128 or 256, of
     which the weight's columns are a multiple. Or the tile is halved: with 4 warps block_n is 32 (w1) or 64 (w2), and
     block_k not 64."""
+    turns: int = 1
+    """2: of the warp-specialized kernel, in which two groups of 4 warps take a tile's stages in turns. There are two or
+    more, num_stages is even and block_m at most 32."""
     options: dict = field(default_factory=dict, hash=False)
 
 
@@ -60,6 +63,8 @@ class Tiles:
     """Routes of one expert that a tile takes; 1: no tiles, each route by itself."""
     gemm1: Gemm
     gemm2: Gemm
+    gather: bool = False
+    """With programs: gemm1 reads activations where their tokens are; they are not copied for each expert before."""
 
     @property
     def kernels(self) -> str:
@@ -80,6 +85,10 @@ class Config:
     shapes: dict[tuple[int, int, int, int], tuple[Tiles, ...]]
     """By (hidden, intermediate, experts, topk)."""
 
+    def rules(self, shape: tuple[int, int, int, int]) -> tuple[Tiles, ...]:
+        """Of a shape, in their order."""
+        return self.shapes.get(shape, ()) + self.tiles
+
 
 def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high or value & (value - 1):
@@ -97,6 +106,7 @@ def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
         num_stages=data.pop("num_stages", None),
         descriptors=data.pop("descriptors", False),
         programs=data.pop("programs", 0),
+        turns=data.pop("turns", 1),
         options=data,
     )
     most = 1 if by_route else 8
@@ -114,13 +124,18 @@ def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
             raise ValueError(f"{where}: num_warps, block_n and block_k are {sizes}; with programs it takes {takes}")
         if tile.num_stages < 2:  # a stage is given back when the next one is at work
             raise ValueError(f"{where}: num_stages is {tile.num_stages}; with programs it takes 2 to 8")
+    if type(tile.turns) is not int or not 1 <= tile.turns <= 2:
+        raise ValueError(f"{where}: turns is {tile.turns!r}; it takes 1 or 2")
+    if tile.turns == 2 and not (tile.programs and tile.num_warps == 4 and tile.num_stages % 2 == 0):
+        raise ValueError(f"{where}: turns is 2; with it programs is not 0, num_warps is 4 and num_stages even")
     return tile
 
 
 def rule(where: str, data: dict) -> Tiles:
     """One rule, checked by itself; ``where`` is its name in errors."""
-    if set(data) != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
-        raise ValueError(f"{where}: has the keys {sorted(data)}; it takes rows_per_expert, block_m, gemm1 and gemm2")
+    if set(data) - {"gather"} != {"rows_per_expert", "block_m", "gemm1", "gemm2"}:
+        takes = "rows_per_expert, block_m, gemm1 and gemm2, and may have gather"
+        raise ValueError(f"{where}: has the keys {sorted(data)}; it takes {takes}")
     block_m = data["block_m"]
     if type(block_m) is not int or block_m not in (1, 8, 16, 32, 64, 128, 256):
         raise ValueError(f"{where}: block_m is {block_m!r}; it takes 1 or a power of two from 8 to 256")
@@ -128,12 +143,20 @@ def rule(where: str, data: dict) -> Tiles:
     gemm2 = _gemm(f"{where}, gemm2", data["gemm2"], 32, block_m)
     if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 8 <= block_m <= 128:
         raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 8 to 128")
+    gather = data.get("gather", False)
+    one_group = gemm1.programs and gemm1.num_warps == 4 and gemm1.turns == 1
+    if type(gather) is not bool or gather and not (one_group and block_m <= 64):
+        takes = "true takes programs, block_m up to 64, and 4 warps and 1 turn in gemm1"
+        raise ValueError(f"{where}: gather is {gather!r}; {takes}")
+    if block_m > 32 and max(gemm1.turns, gemm2.turns) > 1:
+        raise ValueError(f"{where}: block_m is {block_m}; with turns it takes 8 to 32")
     if block_m == 8 and not gemm1.programs:
         raise ValueError(f"{where}: block_m is 8; without programs it takes 1 or a power of two from 16 to 256")
-    return Tiles(data["rows_per_expert"], block_m, gemm1, gemm2)
+    return Tiles(data["rows_per_expert"], block_m, gemm1, gemm2, gather)
 
 
-def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
+def _rules(where: str, rules: list[dict], for_all: bool) -> tuple[Tiles, ...]:
+    """``for_all``: there are no others after them."""
     result = []
     before = {}  # by the calls that a rule is for, the last limit
     for i, data in enumerate(rules):
@@ -144,14 +167,14 @@ def _rules(where: str, rules: list[dict]) -> tuple[Tiles, ...]:
         if rows is None:
             fits = last or kernels != "gemm" and limit < math.inf
         else:
-            fits = not last and type(rows) in (int, float) and rows > limit
+            fits = not (last and for_all) and type(rows) in (int, float) and rows > limit
         if not fits:
             raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
         before[kernels, tiles.columns] = math.inf if rows is None else rows
         result.append(tiles)
     if not result:
         raise ValueError(f"{where}: there is no rule; it takes one or more")
-    if result[-1].kernels != "gemm":
+    if for_all and result[-1].kernels != "gemm":
         raise ValueError(f"{where}: the last rule has programs or block_m 1; it serves every call, so it has neither")
     return tuple(result)
 
@@ -167,8 +190,8 @@ def parse(where: str, data: dict) -> Config:
             raise ValueError(f"{where}: shape {shape} has other keys than it takes, or is there twice")
         if any(type(size) is not int or size <= 0 for size in key):
             raise ValueError(f"{where}: shape {key} takes positive whole numbers")
-        shapes[key] = _rules(f"{where}, shape {key}", shape["tiles"])
-    return Config(_rules(where, data["tiles"]), shapes)
+        shapes[key] = _rules(f"{where}, shape {key}", shape["tiles"], for_all=False)
+    return Config(_rules(where, data["tiles"], for_all=True), shapes)
 
 
 @cache
@@ -187,7 +210,7 @@ def choose(
     """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over. ``admits`` says whether
     the kernels that some tiles are for take the call."""
     config = load(arch, activation_dtype)
-    for tiles in config.shapes.get((hidden, intermediate, experts, topk), config.tiles):
+    for tiles in config.rules((hidden, intermediate, experts, topk)):
         if (tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts) and admits(tiles):
             return tiles
     raise AssertionError("the last rule has no limit")

@@ -157,12 +157,11 @@ class _Sorted(_Part):
 
         row_dtype = torch.uint8 if self.scaled else target.operand
         term_dtype = torch.float32 if call.result_dtype is torch.float32 else torch.bfloat16
-        shape = (self.routes, call.hidden)
         # Rows are dead when terms are written: one piece of memory holds both.
         start = self.workspace
-        self.rows = self._scratch(row_dtype, *shape)
+        self.rows = self._scratch(row_dtype, self.tokens if tiles.gather else self.routes, call.hidden)
         after_rows, self.workspace = self.workspace, start
-        self.terms = self._scratch(term_dtype, *shape)
+        self.terms = self._scratch(term_dtype, self.routes, call.hidden)
         self.workspace = max(self.workspace, after_rows)
         self.inner = self._scratch(row_dtype, self.routes, call.intermediate)
         self.rows_scale = self.inner_scale = None
@@ -224,6 +223,7 @@ class _Sorted(_Part):
                 EXPERTS_POW2=self.experts_pow2, TOPK_POW2=triton.next_power_of_2(call.topk),
                 ROUTES=max(32, triton.next_power_of_2(self.routes)) if self.few else 0,
                 BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
+                BY_TOKEN=self.tiles.gather,
                 NATIVE_E4M3=self.target.native_e4m3, N=BLOCKS_PER_PROGRAM,
             ),
         )  # fmt: skip
@@ -249,15 +249,18 @@ class _Sorted(_Part):
             weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
             (1, halves, tile.block_n, box), swizzle=box,
         )  # fmt: skip
-        threads = 32 * (tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
+        gather = gate_up and self.tiles.gather
+        if not gather:
+            x = Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128)
+        threads = 32 * (tile.turns * tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
         return Launch(
             warpgroup_gemm_kernel,
             (min(count, tile.programs * multiprocessors(self.call.device)),),
             dict(
-                x=Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
-                **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
+                x=x, **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
                 **self._ending(gate_up), K=columns, N=n,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=tile.block_k, STAGES=tile.num_stages,
+                TURNS=tile.turns, GATHER=gather, TOPK=self.call.topk,
             ),
             dict(num_warps=tile.num_warps, maxnreg=2**16 // (tile.programs * threads) // 8 * 8, **tile.options),
         )  # fmt: skip
@@ -341,7 +344,10 @@ def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
         return False
     if tiles.kernels == "matvec":
         return True
-    return target.capability == 90 and call.hidden % tiles.columns[0] == call.intermediate % tiles.columns[1] == 0
+    products = ((call.hidden, tiles.gemm1), (call.intermediate, tiles.gemm2))
+    return target.capability == 90 and all(
+        columns % tile.block_k == 0 and columns >= tile.turns * tile.block_k for columns, tile in products
+    )
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:

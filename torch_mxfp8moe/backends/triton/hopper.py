@@ -11,13 +11,19 @@ the order of things to us. What it does beyond the plain kernel:
   another order within each 64, ``PRODUCT_ORDER``, in which the activations are stored.
 - The rest of an expert that fills at most half a tile takes a product of half the width.
 - Few rows of an expert take a tile of half as many weight rows: its two products are those of every other step.
+- TURNS is 2: two groups of warps share a tile, each with the products of every other stage. One tile at a time on a
+  multiprocessor ends in half the time of one of two, which is what the last tiles of a launch cost.
+- GATHER: beside the loader, two warps fetch the row of each slot's token, which nobody has to copy to the slot before.
+  TMA can not, and is faster where tiles are full.
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import constexpr_function
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -29,6 +35,11 @@ from .memory import PRODUCT_ORDER, in_product_order
 from .numerics import BLOCK, HELD_TIMES, factor, scale_byte
 
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.7
+
+gather_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # until Triton 3.8
+
+GATHERING = tl.constexpr(2)
+"""The warps that do."""
 
 STEP = tl.constexpr(64)
 """Columns that are multiplied at a time."""
@@ -265,16 +276,17 @@ def _get(ring, stage):
 def _load(
     x, w, w_scale, ring, work, tiles, counters, count,
     K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, HALVES: gl.constexpr,
-    STAGES: gl.constexpr, BYTES: gl.constexpr,
+    STAGES: gl.constexpr, BYTES: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """The loader: for each tile of this program, the operands of all its stages, and with them which tile it is; a last
-    stage says that there is no other. The other warps read scale bytes themselves, for the first steps without
-    anything to do meanwhile: these are sent for as well.
+    stage, for each of those who take turns, says that there is no other. The other warps read scale bytes themselves,
+    for the first steps without anything to do meanwhile: these are sent for as well. GATHER: others load activations,
+    once they are told which tile a stage is of.
 
     A program's first tile is the one of its number. The next is taken when one is nearly loaded: no sooner, for the
     last ones to go to whoever is first, and no later, for it to be known in time."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns = work
+    pairs, columns, told = work
     counter = (counters + 2 * (HALVES - 1)).to(gl.int64, bitcast=True)
     box: gl.constexpr = min(COLUMNS, BOX)
     column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -309,13 +321,16 @@ def _load(
                 mbarrier.wait(empty.index(stage), phase)
                 _put(pairs, stage, own)
                 _put(columns, stage, column_tile)
+                if GATHER:
+                    mbarrier.arrive(told.index(stage), count=1)
                 mbarrier.expect(full.index(stage), BYTES)
                 for i in gl.static_range(COLUMNS // box):
                     at = w_ring.index(stage * (COLUMNS // box) + i)
                     load_async(w, [expert, 0, n, k + i * box], full.index(stage), at)
-                for i in gl.static_range(COLUMNS // STEP):
-                    at = x_ring.index(stage * (COLUMNS // STEP) + i)
-                    load_async(x, [first, k + i * STEP], full.index(stage), at)
+                if not GATHER:
+                    for i in gl.static_range(COLUMNS // STEP):
+                        at = x_ring.index(stage * (COLUMNS // STEP) + i)
+                        load_async(x, [first, k + i * STEP], full.index(stage), at)
                 if k == give:
                     taken = gl.inline_asm_elementwise(
                         _GIVE, "=r,r", [taken], dtype=gl.int32, is_pure=False, pack=1
@@ -329,9 +344,52 @@ def _load(
     gl.inline_asm_elementwise(
         _FINISH, "=r,l,r", [counter, gl.num_programs(0) - 1], dtype=gl.int32, is_pure=False, pack=1
     )  # fmt: skip
-    mbarrier.wait(empty.index(stage), phase)
-    _put(pairs, stage, gl.to_tensor(-1).to(gl.int64))
-    mbarrier.arrive(full.index(stage), count=1)
+    for _ in gl.static_range(TURNS):
+        mbarrier.wait(empty.index(stage), phase)
+        _put(pairs, stage, gl.to_tensor(-1).to(gl.int64))
+        if GATHER:
+            mbarrier.arrive(told.index(stage), count=1)
+        mbarrier.arrive(full.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
+
+
+@gluon.jit
+def _gather(
+    x, ring, work, routes, offsets,
+    K: gl.constexpr, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TOPK: gl.constexpr,
+):  # fmt: skip
+    """Beside the loader: the activations of all its stages, the row of each slot's token, zeros after an expert's."""
+    x_ring, w_ring, full, empty = ring
+    pairs, columns, told = work
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
+    slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    stage = 0
+    phase = 1
+    mbarrier.wait(told.index(stage), phase ^ 1)
+    pair = _get(pairs, stage)
+    while pair >= 0:
+        expert = pair.to(gl.int32)
+        first = (pair >> 32).to(gl.int32)
+        end = gl.load(offsets + expert + 1)
+        within = first + slot < end
+        route = gl.load(routes + first + slot, mask=within, other=0)
+        at = x + ((route // TOPK * K)[:, None] + column[None, :])
+        for k in range(0, K, COLUMNS):
+            mbarrier.wait(told.index(stage), phase ^ 1)
+            for i in gl.static_range(COLUMNS // STEP):
+                gather_async(x_ring.index(stage * (COLUMNS // STEP) + i), at + (k + i * STEP), within[:, None])
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        mbarrier.wait(told.index(stage), phase ^ 1)
+        pair = _get(pairs, stage)
+    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -360,14 +418,28 @@ def _steps(codes):
         return gl.split(gl.permute(gl.reshape(codes, (rows, 2, STEP)), (0, 2, 1)))
 
 
+@constexpr_function
+def _word_steps(columns_total, columns, turns):
+    """For how many steps a word of scale bytes lasts: 8 bytes for 4; for no more than a stage if they are taken in
+    turns."""
+    most = columns // STEP.value if turns == 2 else 4
+    return next(steps for steps in (4, 2, 1) if steps <= most and columns_total % (steps * STEP.value) == 0)
+
+
+@gluon.jit
+def _before(stage, STAGES: gl.constexpr, TURNS: gl.constexpr):
+    """The stage of the turn before."""
+    return gl.where(stage >= TURNS, stage - TURNS, stage + (STAGES - TURNS))
+
+
 @gluon.jit
 def _multiply(
     ring, scales, rows0, rows1, trips, stage, phase,
     M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr, STEPS: gl.constexpr,
-    ORDER: gl.constexpr, HALVED: gl.constexpr,
+    ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
-    steps. HALVED: of the same rows, one of every other step."""
+    steps. HALVED: of the same rows, one of every other step. TURNS is 2: of every other stage."""
     x_ring, w_ring, full, empty = ring
     TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, M, 16]
@@ -392,25 +464,28 @@ def _multiply(
     word0 = gl.load(scales + rows0)
     word1 = word0 if HALVED else gl.load(scales + rows1)
     if AHEAD == 2:
-        next0 = gl.load(scales + gl.minimum(1, trips - 1) + rows0)
-        next1 = next0 if HALVED else gl.load(scales + gl.minimum(1, trips - 1) + rows1)
+        ahead = scales + gl.minimum(1, trips - 1) * TURNS
+        next0 = gl.load(ahead + rows0)
+        next1 = next0 if HALVED else gl.load(ahead + rows1)
     for i in range(trips):
         values = _scale_values(word0, word1, selector, STEPS, HALVED)
         if AHEAD == 2:
             word0 = next0
             word1 = next1
-            ahead = scales + gl.minimum(i + 2, trips - 1)
+            ahead = scales + gl.minimum(i + 2, trips - 1) * TURNS
             next0 = gl.load(ahead + rows0)
             next1 = next0 if HALVED else gl.load(ahead + rows1)
         for step in gl.static_range(0, STEPS, 2 if HALVED else 1):
             if AHEAD == 1 and step == STEPS // 2:  # when half of the registers that values takes are free
-                ahead = scales + gl.minimum(i + 1, trips - 1)
+                ahead = scales + gl.minimum(i + 1, trips - 1) * TURNS
                 word0 = gl.load(ahead + rows0)
                 word1 = gl.load(ahead + rows1)
             at = step // PARTS % STAGES if FIXED else stage
-            before = (step // PARTS + STAGES - 1) % STAGES if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)
+            before = (step // PARTS + STAGES - 1) % STAGES if FIXED else _before(stage, STAGES, TURNS)
             if step % PARTS == 0:
                 mbarrier.wait(full.index(at), phase)
+                if GATHER:
+                    fence_async_shared()
             if step % (box // STEP) == 0:
                 codes = w_ring.index(at * (COLUMNS // box) + step % PARTS // (box // STEP))
                 codes = codes.reshape(((1 if HALVED else 2) * GROUP, box))
@@ -436,12 +511,12 @@ def _multiply(
                 if (step + LAST) % (PARTS * STAGES) == PARTS * STAGES - 1:
                     phase ^= 1
             elif (step + LAST) % PARTS == PARTS - 1:
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
+                stage += TURNS
+                if stage >= STAGES:
+                    stage -= STAGES
                     phase ^= 1
     total1, left1 = warpgroup_mma_wait(0, [total1, left1])
-    mbarrier.arrive(empty.index(STAGES - 1 if FIXED else gl.where(stage > 0, stage - 1, STAGES - 1)), count=1)
+    mbarrier.arrive(empty.index(STAGES - 1 if FIXED else _before(stage, STAGES, TURNS)), count=1)
     return total0, total1, stage, phase
 
 
@@ -524,13 +599,11 @@ def _finish(
 ):  # fmt: skip
     """What becomes of a tile's products, as in :func:`.gemm.grouped_gemm_kernel`."""
     bias, out, routes, topk_weights, weights_stride, alpha, beta, limit = ending
-    if HALVED:
-        total0 += total1
-        if GATE_UP:  # of a lane's two rows one is gate's
-            M: gl.constexpr = total0.shape[1]
-            total0, total1 = gl.split(gl.permute(gl.reshape(total0, (4, 2, 8, M)), (0, 2, 3, 1)))
-            total0 = gl.reshape(total0, (32, M))
-            total1 = gl.reshape(total1, (32, M))
+    if HALVED and GATE_UP:  # of a lane's two rows one is gate's
+        M: gl.constexpr = total0.shape[1]
+        total0, total1 = gl.split(gl.permute(gl.reshape(total0, (4, 2, 8, M)), (0, 2, 3, 1)))
+        total0 = gl.reshape(total0, (32, M))
+        total1 = gl.reshape(total1, (32, M))
     if GATE_UP:
         if BIASED:
             bias += expert.to(gl.int64) * (2 * N)
@@ -566,17 +639,17 @@ def _finish(
 
 @gluon.jit
 def _tile(
-    ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
+    ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
     K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
-    COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
+    LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
+    GATHER: gl.constexpr,
 ):  # fmt: skip
     """A tile of M slots; the next stage and phase."""
     ROWS: gl.constexpr = 2 * N if GATE_UP else N
     HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
     ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
     WHOLE: gl.constexpr = N % BLOCK_N == 0
-    STEPS: gl.constexpr = 4 if K % 256 == 0 else 2 if K % 128 == 0 else 1
     WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
     WORDS: gl.constexpr = K // STEP // STEPS
     scales = (w_scale + (expert.to(gl.int64) * ROWS + n) * (K // BLOCK)).to(gl.pointer_type(WORD), bitcast=True)
@@ -585,24 +658,48 @@ def _tile(
     if not HALVED:
         rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * WORDS
     total0, total1, stage, phase = _multiply(
-        ring, scales, rows0, rows1, steps // STEPS, stage, phase, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED
+        ring, scales + skipped, rows0, rows1, trips, stage, phase,
+        M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS, GATHER,
     )  # fmt: skip
-    _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
+    if HALVED:
+        total0 += total1
+    if TURNS == 2:
+        buffer, sent, received = exchange
+        at0 = buffer.index(0).slice(0, M, dim=1)
+        at1 = buffer.index(0 if HALVED else 1).slice(0, M, dim=1)
+        if TURN == 1:
+            mbarrier.wait(received, number & 1 ^ 1)
+            at0.store(total0)
+            if not HALVED:
+                at1.store(total1)
+            mbarrier.arrive(sent, count=1)
+        else:
+            mbarrier.wait(sent, number & 1)
+            total0 += at0.load(total0.type.layout)
+            if not HALVED:
+                total1 += at1.load(total1.type.layout)
+            mbarrier.arrive(received, count=1)
+    if TURN == 0:
+        _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
     return stage, phase
 
 
 @gluon.jit
 def _compute(
-    ring, work, w_scale, ending, steps, offsets,
+    ring, exchange, work, w_scale, ending, steps, offsets,
     K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BIASED: gl.constexpr, WEIGHTED: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
+    GATHER: gl.constexpr,
 ):  # fmt: skip
-    """The other warps: each tile that the loader tells of."""
+    """The other warps: each tile that the loader tells of. TURNS is 2: of all stages those of ``TURN``, whatever tiles
+    they are of."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns = work
-    stage = 0
+    pairs, columns, told = work
+    STEPS: gl.constexpr = _word_steps(K, COLUMNS, TURNS)
+    stage = TURN
     phase = 0
+    number = 0
     mbarrier.wait(full.index(stage), phase)
     pair = _get(pairs, stage)
     while pair >= 0:
@@ -610,16 +707,24 @@ def _compute(
         first = (pair >> 32).to(gl.int32)
         n = _get(columns, stage) * BLOCK_N
         end = gl.load(offsets + expert + 1)
+        trips = steps // STEPS
+        skipped = 0
+        if TURNS == 2:  # of an odd number of stages one more is the turn of whoever takes the first
+            skipped = (number * trips + TURN) & 1
+            trips = (trips + 1 - skipped) // 2
         if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
             stage, phase = _tile(
-                ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
-                K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
+                K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                TURNS, TURN, GATHER,
             )  # fmt: skip
         else:
             stage, phase = _tile(
-                ring, w_scale, ending, steps, expert, first, end, n, stage, phase,
-                K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
+                K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                TURNS, TURN, GATHER,
             )  # fmt: skip
+        number += 1
         mbarrier.wait(full.index(stage), phase)
         pair = _get(pairs, stage)
 
@@ -629,21 +734,25 @@ def warpgroup_gemm_kernel(
     x, w, w_scale, bias, out, tiles, offsets, routes, topk_weights, counters, count: "i32",
     weights_stride: "i64", alpha: "fp32", beta: "fp32", limit: "fp32",
     K: gl.constexpr, N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    GATHER: gl.constexpr, TOPK: gl.constexpr,
 ):  # fmt: skip
     """``count`` tiles, one program for one after another: BLOCK_M slots of one expert by BLOCK_N output columns, 16 for
     each warp (GATE_UP) or 32, or half of that.
 
-    counters [2, 2]: zeros, before and afterwards; a row for GATE_UP and one for not. COLUMNS: of a stage.
-    x: a descriptor of rows [R, K] bf16, times HELD_TIMES, K in product order; w: one of codes [E, 2, N, K] (GATE_UP) or
+    counters [2, 2]: zeros, before and afterwards; a row for GATE_UP and one for not. COLUMNS: of a stage. TURNS: how
+    many groups of warps take a tile's stages in turns.
+    x: a descriptor of rows [R, K] bf16, times HELD_TIMES, K in product order; GATHER: a pointer to such rows [T, K], of
+    which slot s reads routes[s] // TOPK; w: a descriptor of codes [E, 2, N, K] (GATE_UP) or
     [E, 1, N, K], with w_scale [E, 2 N or N, K/32]; the rest as in :func:`.gemm.grouped_gemm_kernel`. GATE_UP: N of out
     is in product order.
     """
     GROUP: gl.constexpr = 16 * gl.num_warps()
     HALVES: gl.constexpr = 2 if GATE_UP else 1
     gl.static_assert(K % COLUMNS == 0, "stages are whole")
-    BYTES: gl.constexpr = BLOCK_M * COLUMNS * 2 + HALVES * BLOCK_N * COLUMNS
-    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * (COLUMNS // STEP), BLOCK_M, STEP], x.layout)
+    BYTES: gl.constexpr = (0 if GATHER else BLOCK_M * COLUMNS * 2) + HALVES * BLOCK_N * COLUMNS
+    x_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * (COLUMNS // STEP), BLOCK_M, STEP], x_layout)
     box: gl.constexpr = min(COLUMNS, BOX)
     w_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * (COLUMNS // box), 1, HALVES, BLOCK_N, box], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -652,29 +761,107 @@ def warpgroup_gemm_kernel(
     work = (
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], scalars),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], scalars),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if GATHER else full,
     )
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=1 + 32 * GATHERING if GATHER else 1)
         mbarrier.init(empty.index(i), count=1)
+        if GATHER:
+            mbarrier.init(work[2].index(i), count=1)
     BIASED: gl.constexpr = bias is not None
     WEIGHTED: gl.constexpr = topk_weights is not None
     ring = (x_ring, w_ring, full, empty)
+    exchange = ring
+    if TURNS == 2:
+        gl.static_assert(STAGES % 2 == 0, "a place in the ring is always the same group's")
+        gl.static_assert(K >= 2 * COLUMNS, "each group has a stage of each tile")
+        products: gl.constexpr = 1 if HALVES * BLOCK_N == GROUP else 2
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        exchange = (
+            gl.allocate_shared_memory(gl.float32, [products, GROUP, BLOCK_M], plain),
+            gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+            gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+        )
+        mbarrier.init(exchange[1], count=1)
+        mbarrier.init(exchange[2], count=1)
     ending = (
         bias if BIASED else w_scale, out, routes, topk_weights if WEIGHTED else w_scale,
         weights_stride, alpha, beta, limit,
     )  # fmt: skip
-    steps = x.shape[1] // STEP
-    gl.warp_specialize(
-        [
-            (
-                _compute,
+    steps = w.shape[3] // STEP
+    if TURNS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    ring, work, w_scale, ending, steps, offsets,
-                    K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                    _compute,
+                    (
+                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                        2, 0, GATHER,
+                    ),
                 ),
-            ),
-            (_load, (x, w, w_scale, ring, work, tiles, counters, count, K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES)),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+                (
+                    _compute,
+                    (
+                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                        2, 1, GATHER,
+                    ),
+                ),
+                (
+                    _load,
+                    (
+                        x, w, w_scale, ring, work, tiles, counters, count,
+                        K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES, TURNS, False,
+                    ),
+                ),
+            ],
+            [4, 1],
+            # For products on both sides ptxas counts on no more registers than the least that any of these has.
+            [200, 96],
+        )  # fmt: skip
+    elif GATHER:
+        gl.warp_specialize(
+            [
+                (
+                    _compute,
+                    (
+                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                        1, 0, GATHER,
+                    ),
+                ),
+                (_gather, (x, ring, work, routes, offsets, K, BLOCK_M, COLUMNS, STAGES, TOPK)),
+                (
+                    _load,
+                    (
+                        x, w, w_scale, ring, work, tiles, counters, count,
+                        K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES, 1, True,
+                    ),
+                ),
+            ],
+            [GATHERING, 1],
+            [64, 64],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _compute,
+                    (
+                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                        1, 0, GATHER,
+                    ),
+                ),
+                (
+                    _load,
+                    (
+                        x, w, w_scale, ring, work, tiles, counters, count,
+                        K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES, TURNS, False,
+                    ),
+                ),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip

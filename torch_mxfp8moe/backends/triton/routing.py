@@ -201,7 +201,7 @@ def dispatch_kernel(
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
     ROUTES: tl.constexpr, BLOCK_M: tl.constexpr, MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr,
-    NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
+    BY_TOKEN: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..E-1 list the tiles [tiles_bound, 2] of their experts (-1: none); each other one takes N blocks of a
     token of x [T, H], rounds them and copies them to the slots of the token's routes.
@@ -209,7 +209,8 @@ def dispatch_kernel(
     ROUTES is not 0: no more routes than that, and they have no slots yet: each program finds the ones that it needs,
     and they, ``routes`` and ``offsets`` are written as by :func:`route_kernel`.
     x_scale: of x that is MXFP8 already, or None. MXFP8: round to MXFP8, else to bf16. Rows are written as codes and
-    rows_scale if there is one, else as bf16, times HELD_TIMES; IN_PRODUCT_ORDER: H is, and a multiple of 64.
+    rows_scale if there is one, else as bf16, times HELD_TIMES; IN_PRODUCT_ORDER: H is, and a multiple of 64. BY_TOKEN:
+    rows are not copied to slots, but [T, H], and there is no rows_scale.
     """
     pid = tl.program_id(0)
     if ROUTES:
@@ -271,7 +272,9 @@ def dispatch_kernel(
                 index = (pid - EXPERTS) % parts * (N * BLOCK) + tl.arange(0, N // 2)[:, None] * 64
                 index += tl.arange(0, 64)[None, :]
                 within = index < H
-            for k in tl.static_range(TOPK):
+            if BY_TOKEN:
+                tl.store(rows + token * H + index, result, mask=within)
+            for k in tl.static_range(0 if BY_TOKEN else TOPK):
                 if ROUTES:
                     slot = tl.sum(tl.where(k_index == k, own_slots, 0), 0).to(tl.int64)
                 else:
