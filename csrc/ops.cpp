@@ -7,6 +7,7 @@
 #include "cpu/fused_moe.h"
 #include "cpu/threads.h"
 #include "cpu/values.h"
+#include "signature.h"
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
@@ -17,9 +18,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -498,78 +497,6 @@ void scatter_rows(const Tensor& source_, const Tensor& rows_, const Tensor& colu
   }
 }
 
-// Appends what arguments.py checks of a tensor but its memory and gradients; false if it is not strided memory.
-bool describe(AtenTensorHandle handle, std::vector<int64_t>& facts) {
-  static const int32_t strided = aoti_torch_layout_strided();
-  int32_t layout, device, index;
-  check(aoti_torch_get_layout(handle, &layout));
-  if (layout != strided) return false;
-  const View v(handle);
-  check(aoti_torch_get_device_type(handle, &device));
-  check(aoti_torch_get_device_index(handle, &index));
-  facts.insert(facts.end(), {v.dtype, device, index, int64_t(reinterpret_cast<uintptr_t>(v.data) % 16 == 0), v.dim});
-  facts.insert(facts.end(), v.sizes, v.sizes + v.dim);
-  facts.insert(facts.end(), v.strides, v.strides + v.dim);
-  return true;
-}
-
-// "(Tensor?[] tensors) -> int": a number for the facts of all, the same for equal ones and never for others; -1 where a
-// tensor is not strided memory. Takes the list item by item, since a call of every backend waits for it.
-void signature(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr size_t kMost = 1 << 16;
-  static std::mutex mutex;
-  static std::map<std::vector<int64_t>, int64_t> numbers;
-  static int64_t next = 0;
-  thread_local std::vector<int64_t> facts;
-
-  const std::unique_ptr<StableListOpaque, AOTITorchError (*)(StableListHandle)> list(
-      unbox<StableListHandle>(stack[0]), torch_delete_list);
-  size_t size;
-  check(torch_list_size(list.get(), &size));
-  facts.clear();
-  bool strided = true;
-  for (size_t i = 0; i < size && strided; ++i) {
-    StableIValue item;
-    check(torch_list_get_item(list.get(), i, &item));
-    const auto handle = unbox<std::optional<AtenTensorHandle>>(item);
-    if (!handle) {
-      facts.push_back(-1);
-      continue;
-    }
-    const std::unique_ptr<AtenTensorOpaque, AOTITorchError (*)(AtenTensorHandle)> tensor(
-        *handle, aoti_torch_delete_tensor_object);
-    strided = describe(tensor.get(), facts);
-  }
-  int64_t number = -1;
-  if (strided) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (numbers.size() >= kMost) numbers.clear();  // and those that were there get new numbers
-    const auto [known, added] = numbers.try_emplace(facts, next);
-    next += added;
-    number = known->second;
-  }
-  stack[0] = box(number);
-}
-
-// New ids [T, K + 1] int32, weights [T, K + 1] fp32 and mask [E + 1] int32 on the device of topk_ids [T, K]: one call from
-// Python instead of three.
-std::tuple<Tensor, Tensor, Tensor> new_routes(const Tensor& topk_ids_, int64_t experts) {
-  const View topk_ids(topk_ids_);
-  if (topk_ids.dim != 2) throw std::runtime_error("mxfp8moe::_new_routes: topk_ids has a wrong number of dimensions");
-  int32_t device, index;
-  check(aoti_torch_get_device_type(topk_ids.handle, &device));
-  check(aoti_torch_get_device_index(topk_ids.handle, &index));
-  const int64_t routes[] = {topk_ids.sizes[0], topk_ids.sizes[1] + 1}, slots[] = {experts + 1};
-  return {
-      empty(2, routes, dtypes().i32, device, index), empty(2, routes, dtypes().f32, device, index),
-      empty(1, slots, dtypes().i32, device, index)};
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CompositeExplicitAutograd, m) {
-  m.impl("_new_routes", TORCH_BOX(&new_routes));
-  m.impl("_signature", &signature);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(mxfp8moe, CPU, m) {
   m.impl("quantize_1x32", TORCH_BOX(&quantize_1x32));
   m.impl("quantize_1x32.out", TORCH_BOX(&quantize_1x32_out));
@@ -611,4 +538,9 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The C++ kernels of torch_mxf
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* result = PyModule_Create(&module);
+  if (result == nullptr || mxfp8moe::add_signature(result)) return result;
+  Py_DECREF(result);
+  return nullptr;
+}

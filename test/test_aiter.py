@@ -35,14 +35,13 @@ from helpers import (
     check_op,
     error_of,
     moe_inputs,
-    needs_extension,
     only_cpu,
     relative_l2,
     run_python,
     same_bytes,
 )
 from test_triton import needs_triton, on_gpu
-from torch_mxfp8moe import dispatch, extension, reference
+from torch_mxfp8moe import dispatch, reference
 from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.backends import aiter as backend
 from torch_mxfp8moe.backends import registered, triton
@@ -57,7 +56,7 @@ OAI = dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.75)
 """The three activations, with limits low enough that they limit something in the tests."""
 
 
-ROUTES = backend.Aiter._routes
+ROUTES = backend.Routes.of
 """The real one, which launches the kernel."""
 
 
@@ -116,7 +115,7 @@ def served(machine, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         monkeypatch.setattr(backend, "_architecture", lambda device: "gfx950")
-        monkeypatch.setattr(backend.Aiter, "_routes", lambda self, call: defined_routes(call))
+        monkeypatch.setattr(backend.Routes, "of", lambda self, call: defined_routes(call))
         monkeypatch.setattr(aiter_stand_in, "behaviour", behaviour)
         aiter_stand_in.calls.clear()
         return aiter_stand_in.calls
@@ -708,7 +707,7 @@ def test_fake_tensors_do_not_reach_it(served):
 
 
 def test_nothing_is_read_on_the_host(served):
-    """Nor copied: what PyTorch itself does in a call is to allocate and to alias, which graph capture takes."""
+    """Nor copied: what PyTorch's dispatcher is asked for in a call are aliases, which graph capture takes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     ran = []
@@ -722,51 +721,58 @@ def test_nothing_is_read_on_the_host(served):
     served(lambda arguments: result)
     here = dispatch.registered()["aiter"]
     call = FusedMoe(**small(G=8), expert_map=torch.arange(8).int() - 4, num_tokens=torch.tensor([5]).int()).check()
-    call.kind.plans["aiter"] = SimpleNamespace(run=lambda *arguments: ran.append("routes"))
+    prepared = call.kind.plans["aiter"] = backend.Prepared(call)
+    prepared.routes.plan = SimpleNamespace(run_here=lambda *arguments: ran.append("routes"))
     with pytest.MonkeyPatch.context() as patch, Recorder(), torch.no_grad():
-        patch.setattr(backend.Aiter, "_routes", ROUTES)
-        patch.setattr(backend.TRITON, "target", lambda device: None)
+        patch.setattr(backend.Routes, "of", ROUTES)
         assert here.why_not(call) is None and here.new_fused_moe(call) is result
-    memory = ["aten.empty_strided.default"] * 3 if extension.MODULE is None else ["mxfp8moe._new_routes.default"]
-    assert ran == [*memory, "routes"] + ["aten.detach.default"] * 2
+    assert ran == ["routes"] + ["aten.detach.default"] * 2
 
 
-@needs_extension
-@pytest.mark.parametrize("shape", ((5, 4), (1, 1), (0, 3)), ids=str)
-def test_memory_of_routes(shape):
-    """The C++ kernel allocates what Python does: new tensors in each call."""
-    topk_ids = torch.zeros(shape, dtype=torch.int64)
-    first, second, want = (make(topk_ids, 7) for make in (*[backend._empty_routes_at_once] * 2, backend._empty_routes))
-    for x, other, y in zip(first, second, want, strict=True):
+@pytest.mark.parametrize("G", (None, 8))
+def test_memory_of_routes(G):
+    """New in each call, of the shapes and dtypes of the definition; the kernel gets it beside what the call has."""
+    call, launched = FusedMoe(**small(G=G)), []
+    if G:
+        call.expert_map, call.num_tokens = torch.arange(G).int() - 4, torch.tensor([5]).int()
+    routes = backend.Routes(call)
+    routes.plan = SimpleNamespace(run_here=lambda op, memory, device, target: launched.append((memory, device)))
+    first, second = ROUTES(routes, call), ROUTES(routes, call)
+    for x, other, y in zip(first, second, defined_routes(call), strict=True):
         assert (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
-        assert not x.numel() or x.data_ptr() != other.data_ptr()
-    with pytest.raises(RuntimeError, match="_new_routes: topk_ids has a wrong number of dimensions"):
-        backend._empty_routes_at_once(topk_ids[0] if shape[0] else topk_ids.flatten(), 7)
+        assert x.data_ptr() != other.data_ptr()
+    given = ["topk_ids", "topk_weights"] + ["expert_map", "num_tokens"] * bool(G)
+    for written, (memory, on) in zip((first, second), launched, strict=True):
+        want = {name: getattr(call, name) for name in given} | dict(zip(("ids", "weights", "mask"), written))
+        assert on == call.device and memory.keys() == want.keys() and all(memory[name] is want[name] for name in want)
 
 
 def test_a_gpu_that_is_not_the_current_one(served, monkeypatch):
     """aiter launches on the current device."""
-    calls = served(aiter_stand_in.empty)
-    entered = []
+    current, ran = [1], []
+
+    def behaviour(arguments):
+        ran.append(current[-1])
+        return aiter_stand_in.empty(arguments)
 
     class Device:
-        def __init__(self, device):
-            self.device = device
+        def __init__(self, index):
+            self.index = index
 
         def __enter__(self):
-            entered.append(self.device)
+            current.append(self.index)
 
         def __exit__(self, *_):
-            entered.append(None)
+            current.append(1)
 
+    served(behaviour)
     monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    call = FusedMoe(**small()).check()
-    for index, want in ((1, []), (0, [torch.device("cuda", 0), None])):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    for index, want in ((1, [1]), (0, [1, 0, 1])):
+        call = FusedMoe(**small()).check()
         monkeypatch.setattr(FusedMoe, "device", torch.device("cuda", index))
         dispatch.registered()["aiter"].new_fused_moe(call)
-        assert entered == want
-    assert len(calls) == 2
+        assert current == want and ran.pop() == index
 
 
 # --- what aiter does silently wrong
@@ -999,7 +1005,7 @@ def compare(case):
     call.global_experts = call.experts if call.expert_map is None else len(call.expert_map)
     if call.tokens:
         seen.append(call.topk)
-        for got, want in zip(aiter.BACKEND._routes(call), routes(*case), strict=True):
+        for got, want in zip(aiter.Routes(call).of(call), routes(*case), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 compare()

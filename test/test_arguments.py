@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device import DEVICE
-from helpers import E4M3, FLOATS, OPS, assert_equal, error_of, moe_inputs, only_cpu
+from helpers import E4M3, FLOATS, OPS, assert_equal, error_of, moe_inputs, only_cpu, run_python
 from torch_mxfp8moe import arguments, extension, reference
 from torch_mxfp8moe.arguments import FusedMoe, Preshuffle
 
@@ -34,11 +34,36 @@ def tensors(draw) -> torch.Tensor | None:
 @built
 @given(st.lists(st.lists(tensors(), max_size=3), min_size=2, max_size=8))
 def test_numbers_stand_for_descriptions(lists):
-    """The C++ kernel tells apart what Python does, and nothing else."""
-    numbers = [arguments._numbered(tensors) for tensors in lists]
-    descriptions = [arguments._described(tensors) for tensors in lists]
-    for i, number in enumerate(numbers):
-        assert [number == other for other in numbers] == [descriptions[i] == other for other in descriptions]
+    """C++ tells apart what Python does, and nothing else; to DLPack a tensor on ``meta`` is no tensor."""
+    described = {}
+    for group in map(tuple, lists):
+        number = extension.MODULE.signature(group)
+        if any(x is not None and x.device.type == "meta" for x in group):
+            assert number is None
+        else:
+            assert described.setdefault(number, arguments._described(group)) == arguments._described(group)
+    assert None not in described and len(set(described.values())) == len(described)
+
+
+def test_what_changes_in_place_is_another_call():
+    """And what is equal is the same one, wherever it lies: nothing that is known of a tensor is kept with it."""
+    x, memory = torch.zeros(4, 6, device=DEVICE), torch.zeros(25, device=DEVICE)
+    changes = [
+        lambda: None,
+        lambda: x.t_(),
+        lambda: x.resize_(3, 4),
+        lambda: x.unsqueeze_(0),
+        lambda: setattr(x, "data", torch.zeros(4, 6, dtype=torch.bfloat16, device=DEVICE)),
+        lambda: x.set_(memory.untyped_storage(), 1, (4, 6)),
+        lambda: x.as_strided_((4, 6), (0, 1), 0),
+    ]
+    signatures = []
+    for change in changes:
+        change()
+        signatures.append(arguments._signature((x,)))
+    assert len(set(signatures)) == len(changes) and None not in signatures
+    x.data = memory[:24].view(4, 6)
+    assert arguments._signature((x,)) == signatures[0]
 
 
 @only_cpu
@@ -52,23 +77,58 @@ Preshuffle(weight=float8_e4m3fn [1, 32, 64] strides [2048, 1, 32] on cpu, scale=
 
 
 @built
-def test_what_is_not_strided_has_no_number():
+def test_what_has_no_number():
     x = torch.eye(3)
-    for odd in (x.to_sparse(), x.to_sparse_csr()):
-        assert arguments._numbered([x, odd]) is None and arguments._described([x, odd]) is None
+    for odd in (x.to_sparse(), x.to_sparse_csr(), torch.nested.nested_tensor([x, x])):
+        assert extension.MODULE.signature((x, odd)) is None and arguments._described((x, odd)) is None
+    assert extension.MODULE.signature((x, "x")) is None
+    with pytest.raises(TypeError, match="takes a tuple of tensors"):
+        extension.MODULE.signature([x])
 
 
 @built
 def test_a_number_is_never_given_twice():
     """Nor when there are so many that they are forgotten; threads get the same ones."""
     x = torch.zeros(())
-    first = arguments._numbered([x])
-    others = [arguments._numbered([x.expand(i)]) for i in range(1 << 16)]
+    number = extension.MODULE.signature
+    first = number((x,))
+    others = [number((x.expand(i),)) for i in range(1 << 16)]
     assert len({first, *others}) == len(others) + 1
-    again = arguments._numbered([x])
+    again = number((x,))
     assert again not in others and again != first
     with ThreadPoolExecutor(4) as threads:
-        assert set(threads.map(lambda _: arguments._numbered([x]), range(100))) == {again}
+        assert set(threads.map(lambda _: number((x,)), range(100))) == {again}
+
+
+WITHOUT_EXCHANGE = """
+import ctypes, sys
+import torch
+
+class Exchange(ctypes.Structure):
+    _fields_ = [("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("pointers", ctypes.c_void_p * 6)]
+
+if sys.argv[1] == "none":
+    del torch.Tensor.__dlpack_c_exchange_api__
+elif sys.argv[1] == "not one":
+    torch.Tensor.__dlpack_c_exchange_api__ = 0
+else:
+    exchange, name = Exchange(int(sys.argv[1]), 0), b"dlpack_exchange_api"
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    torch.Tensor.__dlpack_c_exchange_api__ = new(ctypes.addressof(exchange), name, None)
+
+from torch_mxfp8moe import arguments, extension
+assert extension.MODULE.capability()
+assert arguments._signature is arguments._described
+"""
+
+
+@built
+@only_cpu
+@pytest.mark.parametrize("found", ("none", "not one", "1", "2"))
+def test_a_pytorch_whose_tensors_cpp_cannot_read(found):
+    """It has no exchange API, or one of another version, or one of this version that describes no tensors."""
+    run_python(WITHOUT_EXCHANGE, found)
 
 
 def counted(monkeypatch, owner, name: str) -> list:
@@ -169,9 +229,10 @@ def test_not_more_kinds_are_kept_than_said(monkeypatch):
 
 
 @only_cpu
-@pytest.mark.parametrize("signature", ("_described", pytest.param("_numbered", marks=built)))
-def test_with_and_without_the_extension(monkeypatch, signature):
-    monkeypatch.setattr(arguments, "_signature", getattr(arguments, signature))
+@pytest.mark.parametrize("numbered", (False, pytest.param(True, marks=built)))
+def test_with_and_without_the_extension(monkeypatch, numbered):
+    assert arguments._signature is (arguments._described if extension.MODULE is None else extension.MODULE.signature)
+    monkeypatch.setattr(arguments, "_signature", extension.MODULE.signature if numbered else arguments._described)
     inputs = odd_inputs()
     want = reference.fused_moe(**inputs, **ODD)
     for _ in range(2):

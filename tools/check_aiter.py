@@ -160,7 +160,6 @@ def _pretend_gfx950() -> None:
     aiter.TRITON.target = lambda device: "gfx950"
     launch.Launch.compiled = lambda self: _NoLaunch()
     driver.set_active(SimpleNamespace(get_current_stream=lambda device: 0))
-    launch.Plan.run = lambda self, op, memory, device, target: self._run(op, memory, device, target)
     # CPU tensors would go to the C++ kernel, which those of a GPU do not.
     library = torch.library.Library(ops.NAMESPACE, "IMPL", "CPU")
     library.impl("fused_moe", ops._fused_moe, allow_override=True)

@@ -53,12 +53,8 @@ _REFUSED_SCHEMAS = {
         f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None, Tensor(a!)? out=None) -> (Tensor, Tensor)"
     ),
 }
-# Private C++ kernels that Python calls.
-_EXTENSION_SCHEMAS = {
-    "_signature": "(Tensor?[] tensors) -> int",
-    "_new_routes": "(Tensor topk_ids, int experts) -> (Tensor, Tensor, Tensor)",
-    "_scatter_rows": "(Tensor source, Tensor rows, Tensor columns, Tensor(a!) out) -> ()",
-}
+# A private C++ kernel that Python calls.
+_EXTENSION_SCHEMAS = {"_scatter_rows": "(Tensor source, Tensor rows, Tensor columns, Tensor(a!) out) -> ()"}
 
 
 def _quantize_1x32(x, *, scale_rounding="rceil", out_data=None, out_scale=None):

@@ -7,35 +7,64 @@ only when it is asked on a machine that has a gfx950.
 """
 
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ... import extension
+from ...allocation import allocator
 from ...arguments import Call, FusedMoe
 from ...formats import as_bytes
 from .. import Backend
 from ..triton import BACKEND as TRITON
 from . import probe, rules, tuned
 
+if TYPE_CHECKING:
+    from ..triton.launch import Plan
+
 _architecture = cache(probe.architecture)
 
 
-def _empty_routes(topk_ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Memory for ids, weights and mask (see ``routes``) on the device of topk_ids [T, K]."""
-    device, (tokens, topk) = topk_ids.device, topk_ids.shape
-    shape, strides = (tokens, topk + 1), (topk + 1, 1)  # torch.empty takes longer
-    ids = torch.empty_strided(shape, strides, dtype=torch.int32, device=device)
-    weights = torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
-    mask = torch.empty_strided((experts + 1,), (1,), dtype=torch.int32, device=device)
-    return ids, weights, mask
+class Routes:
+    """The ids, weights and mask that aiter gets (see ``routes``), for calls of one kind."""
+
+    def __init__(self, call: FusedMoe):
+        self.device, self.empty = call.device, allocator(call.device)
+        slots = call.topk + 1
+        self.shape, self.strides, self.mask_shape = (call.tokens, slots), (slots, 1), (call.experts + 1,)
+        self.plan: Plan | None = None
+        self.target: Any = None
+
+    def of(self, call: FusedMoe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ids [T, K + 1], weights [T, K + 1], mask [E + 1], on the current device; in new memory each time."""
+        ids = self.empty(self.shape, self.strides, torch.int32)
+        weights = self.empty(self.shape, self.strides, torch.float32)
+        mask = self.empty(self.mask_shape, (1,), torch.int32)
+        memory = {
+            "topk_ids": call.topk_ids, "topk_weights": call.topk_weights, "ids": ids, "weights": weights, "mask": mask,
+        }  # fmt: skip
+        if call.expert_map is not None:
+            memory["expert_map"] = call.expert_map
+        if call.num_tokens is not None:
+            memory["num_tokens"] = call.num_tokens
+        if self.plan is None:
+            from .kernel import plan
+
+            self.target, self.plan = TRITON.target(self.device), plan(call)  # the plan last: threads look for it
+        self.plan.run_here("fused_moe, for backend 'aiter'", memory, self.device, self.target)
+        return ids, weights, mask
 
 
-def _empty_routes_at_once(topk_ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same by the C++ kernel, one call instead of three."""
-    return torch.ops.mxfp8moe._new_routes.default(topk_ids, experts)
+class Prepared:
+    """What is found once for calls of one kind."""
 
-
-_new_routes = _empty_routes if extension.MODULE is None else _empty_routes_at_once
+    def __init__(self, call: FusedMoe):
+        self.device, self.tokens, self.routes = call.device, call.tokens, Routes(call)
+        x = call.hidden_states
+        self.copies = not x.is_contiguous() or not rules.aligned(x)
+        """Whether aiter cannot read hidden_states as they lie."""
+        self.views = torch.float8_e8m0fnu in (call.w1_scale.dtype, call.w2_scale.dtype)
+        """Whether a scale is not uint8."""
+        self.activation = rules.activation(call.swiglu_alpha, call.swiglu_beta)
 
 
 class Aiter(Backend):
@@ -66,42 +95,28 @@ class Aiter(Backend):
     def note(self, call: Call) -> str | None:
         return tuned.note(call) if isinstance(call, FusedMoe) else None
 
-    def _routes(self, call: FusedMoe) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ids [T, K + 1], weights [T, K + 1], mask [E + 1]; see ``routes``."""
-        device, topk_ids, topk_weights = call.device, call.topk_ids, call.topk_weights
-        ids, weights, mask = _new_routes(topk_ids, call.experts)
-        memory = {"topk_ids": topk_ids, "topk_weights": topk_weights, "ids": ids, "weights": weights, "mask": mask}
-        if call.expert_map is not None:
-            memory["expert_map"] = call.expert_map
-        if call.num_tokens is not None:
-            memory["num_tokens"] = call.num_tokens
-        plan = call.kind.plans.get(self.name)
-        if plan is None:
-            from .kernel import plan as make
-
-            plan = call.kind.plans[self.name] = make(call)
-        plan.run(f"{call.op}, for backend 'aiter'", memory, device, TRITON.target(device))
-        return ids, weights, mask
-
     def new_fused_moe(self, call: FusedMoe) -> torch.Tensor:
-        if not call.tokens:
+        prepared = call.kind.plans.get(self.name)
+        if prepared is None:
+            prepared = call.kind.plans[self.name] = Prepared(call)
+        if not prepared.tokens:
             return call.hidden_states.new_empty((0, call.hidden), dtype=call.result_dtype)
-        device = call.device
-        if device.index is None or device.index == torch.cuda.current_device():
-            return self._computed(call)
-        with torch.cuda.device(device):
-            return self._computed(call)
-
-    def _computed(self, call: FusedMoe) -> torch.Tensor:
+        index = prepared.device.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self.new_fused_moe(call)
         aiter = self.interface()
-        ids, weights, mask = self._routes(call)
+        ids, weights, mask = prepared.routes.of(call)
         x = call.hidden_states
-        if not x.is_contiguous() or not rules.aligned(x):
+        if prepared.copies:
             x = x.clone(memory_format=torch.contiguous_format)
         # aiter asks the tensors themselves whether they are shuffled. They are; the caller's are left as they are.
         w1, w2 = call.w1.detach(), call.w2.detach()
-        for weight in (w1, w2):
-            setattr(weight, "is_shuffled", True)
+        setattr(w1, "is_shuffled", True)
+        setattr(w2, "is_shuffled", True)
+        w1_scale, w2_scale = call.w1_scale, call.w2_scale
+        if prepared.views:
+            w1_scale, w2_scale = as_bytes(w1_scale), as_bytes(w2_scale)
         return aiter.fused_moe(
             x,
             w1,
@@ -109,10 +124,10 @@ class Aiter(Backend):
             weights,
             ids,
             expert_mask=mask,
-            activation=aiter.activations[rules.activation(call.swiglu_alpha, call.swiglu_beta)],
+            activation=aiter.activations[prepared.activation],
             quant_type=aiter.quant_type,
-            w1_scale=as_bytes(call.w1_scale),
-            w2_scale=as_bytes(call.w2_scale),
+            w1_scale=w1_scale,
+            w2_scale=w2_scale,
             dtype=torch.bfloat16,
             swiglu_limit=call.swiglu_limit,
             gate_mode=aiter.gate_mode,

@@ -20,6 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ...allocation import allocator
 from .targets import INTERPRETED, Target
 
 WORKSPACE = "workspace"
@@ -154,14 +155,15 @@ class _Ready:
         self.launch = kernel[(*launch.grid, 1, 1)[:3]]
         self.arguments = [launch.arguments[name] for name in launch.kernel.arg_names]
         self.pointers, self.described = [], []
+        places = {name: place for place, name in enumerate(memory)}
         for i, argument in enumerate(self.arguments):
             if isinstance(argument, (Operand, Descriptor)):
                 operand = argument.operand if isinstance(argument, Descriptor) else argument
                 offset = operand.tensor(memory).data_ptr() - memory[operand.source].data_ptr()
                 if operand is argument:
-                    self.pointers.append((i, operand.source, offset))
+                    self.pointers.append((i, places[operand.source], offset))
                 else:
-                    self.described.append((i, operand.source, offset, argument))
+                    self.described.append((i, places[operand.source], offset, argument))
         self.descriptors = {}
 
     def _descriptor(self, i: int, descriptor: Descriptor, address: int) -> TensorDescriptor:
@@ -171,12 +173,13 @@ class _Ready:
             known = self.descriptors[i] = descriptor.of(_Address(address, descriptor.operand.dtype))
         return known
 
-    def run(self, addresses: dict[str, int], stream: int) -> None:
+    def run(self, addresses: list[int], stream: int) -> None:
+        """``addresses``: of the tensors of ``memory``, in its order."""
         arguments = self.arguments.copy()
-        for i, source, offset in self.pointers:
-            arguments[i] = addresses[source] + offset
-        for i, source, offset, descriptor in self.described:
-            arguments[i] = self._descriptor(i, descriptor, addresses[source] + offset)
+        for i, place, offset in self.pointers:
+            arguments[i] = addresses[place] + offset
+        for i, place, offset, descriptor in self.described:
+            arguments[i] = self._descriptor(i, descriptor, addresses[place] + offset)
         self.launch(*arguments, stream=stream)
 
 
@@ -192,10 +195,10 @@ class Plan:
     def _with_workspace(self, memory: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         if not self.workspace:
             return memory
-        return memory | {WORKSPACE: torch.empty(self.workspace, dtype=torch.uint8, device=device)}
+        return memory | {WORKSPACE: allocator(device)((self.workspace,), (1,), torch.uint8)}
 
     def bind(self, memory: dict[str, torch.Tensor], device: torch.device) -> list[Launch]:
-        """The launches on the tensors ``memory`` and a new workspace."""
+        """The launches on the tensors ``memory`` and a new workspace, all on ``device``, the current one."""
         memory = self._with_workspace(memory, device)
         return [launch.bound(memory) for launch in self.launches]
 
@@ -214,26 +217,31 @@ class Plan:
         return ready
 
     def run(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
-        """Launch all on the tensors ``memory`` of ``device``, or, if one cannot be compiled or loaded, none.
+        """:meth:`run_here`, whichever device is the current one."""
+        if device.index is None or device.index == torch.cuda.current_device():
+            self.run_here(op, memory, device, target)
+        else:
+            with torch.cuda.device(device):
+                self.run_here(op, memory, device, target)
 
-        Raises NotImplementedError, which names ``op``, the kernel and what the compiler said.
+    def run_here(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
+        """Launch all on the tensors ``memory`` of the current device, or, if one cannot be compiled or loaded, none.
+
+        ``memory`` has the same names in the same order each time. Raises NotImplementedError, which names ``op``, the
+        kernel and what the compiler said.
         """
         if target is INTERPRETED:
             for launch in self.bind(memory, device):
                 launch.run()
-        elif device.index == torch.cuda.current_device():
-            self._run(op, memory, device, target)
-        else:
-            with torch.cuda.device(device):
-                self._run(op, memory, device, target)
-
-    def _run(self, op: str, memory: dict[str, torch.Tensor], device: torch.device, target: Target) -> None:
-        memory = self._with_workspace(memory, device)
+            return
+        if self.workspace:
+            memory = self._with_workspace(memory, device)
         if self._ready is None:
-            self._ready = self._prepare(op, memory, target)
-        addresses = {name: x.data_ptr() for name, x in memory.items()}
-        active: Any = driver.active  # a GPUDriver, which its base does not say
-        stream = active.get_current_stream(device.index)
+            active: Any = driver.active  # a GPUDriver, which its base does not say
+            self._current_stream = active.get_current_stream
+            self._ready = self._prepare(op, memory, target)  # last: another thread may look for it
+        addresses = [x.data_ptr() for x in memory.values()]
+        stream = self._current_stream(device.index)
         for launch in self._ready:
             launch.run(addresses, stream)
 
