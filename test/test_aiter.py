@@ -1262,10 +1262,12 @@ def test_the_program_measures_the_host():
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])},
     )
     assert done.returncode == 0, done.stderr
-    numbers = re.search(
-        r"the stand-in ([\d.]+), the backend around it ([\d.]+), the op around both ([\d.]+)", done.stdout
-    )
-    assert all(float(number) > 0 for number in numbers.groups())
+    whole, low, high, own = map(float, re.search(
+        r"([\d.]+) \(([\d.]+) to ([\d.]+)\) beyond the stand-in's ([\d.]+)", done.stdout
+    ).groups())  # fmt: skip
+    assert 0 < low <= whole <= high and own > 0
+    parts = re.findall(r"^ +(-?[\d.]+)  .", done.stdout, re.MULTILINE)
+    assert len(parts) == 7 and all(float(part) < whole for part in parts), done.stdout
 
 
 @pytest.mark.skipif(not (PACKAGE.parent / "setup.py").exists(), reason="needs the source tree")

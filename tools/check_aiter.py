@@ -9,12 +9,15 @@ Exits with 1 if something does not fit, and with 77, saying why, if there is no 
 
 import argparse
 import inspect
+import itertools
 import platform
+import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -133,6 +136,10 @@ def check(units: int) -> int:
     return int(bool(wrong))
 
 
+CALLS, RUNS = 5000, 7
+"""Of each thing that is measured."""
+
+
 class _NoLaunch:
     """A compiled kernel that launches nothing."""
 
@@ -189,6 +196,7 @@ def overhead() -> int:
 
     import torch_mxfp8moe
     from helpers import moe_inputs
+    from torch_mxfp8moe import arguments
     from torch_mxfp8moe.arguments import FusedMoe
     from torch_mxfp8moe.backends import registered
 
@@ -209,34 +217,57 @@ def overhead() -> int:
     result = torch.empty(64, 256, dtype=torch.bfloat16, device=device)
     aiter_stand_in.behaviour = lambda arguments: result
 
-    def median(call, repeat: int = 20000) -> float:
+    def median(call) -> float:
+        """Microseconds."""
         times = []
-        for _ in range(repeat):
+        for _ in range(CALLS):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
             aiter_stand_in.calls.clear()
-        times.sort()
-        return 1e6 * times[repeat // 2]
+        return 1e6 * statistics.median(times)
 
-    function = torch.ops.mxfp8moe.fused_moe
+    options = dict(**inputs, layout="aiter_gfx950", swiglu_limit=7.0)
+    function, empty = torch.ops.mxfp8moe.fused_moe, _empty_op(result)
     with torch.inference_mode():
-        function(**inputs, layout="aiter_gfx950", swiglu_limit=7.0)
-        (arguments,) = aiter_stand_in.calls
+        function(**options)
+        (given,) = aiter_stand_in.calls
         import aiter.fused_moe
 
-        own = median(lambda: aiter.fused_moe.fused_moe(**arguments))
-        whole = median(lambda: function(**inputs, layout="aiter_gfx950", swiglu_limit=7.0))
-        call = FusedMoe(**inputs, layout="aiter_gfx950", swiglu_limit=7.0).check()
-        backend = registered()["aiter"]
-        part = median(lambda: backend.new_fused_moe(call))
-        empty = _empty_op(result)
-        dispatcher = median(lambda: empty(**inputs, layout="aiter_gfx950", swiglu_limit=7.0))
-        launched = "kernel not launched" if pretend else torch.cuda.get_device_name()
-        print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, {launched}")
-        print(f"medians, us: the stand-in {own:.1f}, the backend around it {part - own:.1f}, the op around both "
-              f"{whole - part:.1f} (which a call of any backend costs; an op with these arguments that does nothing "
-              f"{dispatcher:.1f}); all but the stand-in {whole - own:.1f}")  # fmt: skip
+        call, backend = FusedMoe(**options).check_once(), registered()["aiter"]
+        routes, number = call.kind.plans["aiter"].routes, arguments._signature(call._tensors(call))
+        memory = itertools.cycle(routes.of(call))
+
+        def known(self, writes_out=False):
+            self.kind = call.kind
+            return self
+
+        left_out = {
+            "the tensors' number": mock.patch.object(arguments, "_signature", lambda tensors: number),
+            "the kind of the call, with that number": mock.patch.object(FusedMoe, "check_once", known),
+            "memory for ids, weights and mask": mock.patch.object(routes, "empty", lambda *what: next(memory)),
+            "addresses and launch": mock.patch.object(routes.plan, "run_here", lambda *arguments: None),
+        }
+        runs = []
+        for _ in range(RUNS):
+            whole, own = median(lambda: function(**options)), median(lambda: aiter.fused_moe.fused_moe(**given))
+            part, dispatcher = median(lambda: backend.new_fused_moe(call)), median(lambda: empty(**options))
+            run = {"all": whole - own, "own": own, "backend": part - own, "op": whole - part, "dispatcher": dispatcher}
+            for name, without in left_out.items():
+                with without:
+                    run[name] = whole - median(lambda: function(**options))
+            runs.append(run)
+    us = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    low, high = (limit(run["all"] for run in runs) for limit in (min, max))
+    launched = "kernel not launched" if pretend else torch.cuda.get_device_name()
+    print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, {launched}")
+    print(f"us a call, medians of {CALLS} calls in {RUNS} runs: {us['all']:.1f} ({low:.1f} to {high:.1f}) "
+          f"beyond the stand-in's {us['own']:.1f}")  # fmt: skip
+    print(f"{us['backend']:6.1f}  the backend around it\n{us['op']:6.1f}  the op around both, as for any backend")
+    print("of all, by leaving it out of a call:")
+    print(f"{us['dispatcher']:6.1f}  PyTorch's dispatcher, as an op with these arguments that does nothing")
+    for name in left_out:
+        print(f"{us[name]:6.1f}  {name}")
     return 0
 
 
