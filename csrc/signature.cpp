@@ -49,6 +49,18 @@ const DlExchange* find_exchange() {
 
 const DlExchange* exchange;
 
+// A number for the dtype, or -1 and a Python exception. DLPack says the bytes that an integer takes and not the bits that
+// it has, so that torch.uint4 looks like torch.uint8; PyTorch's dtypes are objects that are made once.
+int64_t dtype_of(PyObject* tensor, const DlTensor& x) {
+  enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kE4m3fn = 10 };
+  const bool wide = x.dtype_code == kInt && x.dtype_bits >= 32;
+  if (wide || x.dtype_code == kFloat || x.dtype_code == kBfloat || x.dtype_code == kE4m3fn)
+    return x.dtype_code | x.dtype_bits << 8 | x.dtype_lanes << 16;
+  static PyObject* const name = PyUnicode_InternFromString("dtype");
+  const Owned dtype(PyObject_GetAttr(tensor, name));
+  return dtype ? int64_t(reinterpret_cast<uintptr_t>(dtype.get()) | uintptr_t(1) << 62) : -1;
+}
+
 // The GIL guards what is kept.
 PyObject* signature(PyObject*, PyObject* tensors) {
   constexpr size_t kMost = 1 << 16;
@@ -73,7 +85,8 @@ PyObject* signature(PyObject*, PyObject* tensors) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
-    const int64_t dtype = x.dtype_code | x.dtype_bits << 8 | x.dtype_lanes << 16;
+    const int64_t dtype = dtype_of(tensor, x);
+    if (dtype < 0) return nullptr;
     const bool aligned = (reinterpret_cast<uintptr_t>(x.data) + x.byte_offset) % 16 == 0;
     facts.insert(facts.end(), {dtype, x.device_type, x.device_index, aligned, x.dim});
     facts.insert(facts.end(), x.sizes, x.sizes + x.dim);

@@ -707,7 +707,7 @@ def test_fake_tensors_do_not_reach_it(served):
 
 
 def test_nothing_is_read_on_the_host(served):
-    """Nor copied: what PyTorch's dispatcher is asked for in a call are aliases, which graph capture takes."""
+    """Nor copied: beside allocations PyTorch makes aliases in a call, which graph capture takes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     ran = []

@@ -45,6 +45,17 @@ def test_numbers_stand_for_descriptions(lists):
     assert None not in described and len(set(described.values())) == len(described)
 
 
+DTYPES = {dtype for name in dir(torch) if isinstance(dtype := getattr(torch, name), torch.dtype)}
+
+
+def test_every_dtype_is_another_one():
+    """Also those that DLPack has one name for."""
+    signatures = {dtype: arguments._signature((torch.empty(2, dtype=dtype),)) for dtype in DTYPES}
+    known = [signature for signature in signatures.values() if signature is not None]
+    assert len(set(known)) == len(known)
+    assert all(signatures[dtype] is not None for dtype in (*FLOATS, E4M3, torch.uint8, torch.int32, torch.int64))
+
+
 def test_what_changes_in_place_is_another_call():
     """And what is equal is the same one, wherever it lies: nothing that is known of a tensor is kept with it."""
     x, memory = torch.zeros(4, 6, device=DEVICE), torch.zeros(25, device=DEVICE)

@@ -232,26 +232,36 @@ class Call:
             )
 
     def _not_overlapping(self, name: str, out: torch.Tensor, **inputs: torch.Tensor | None) -> None:
+        if not _has_memory(out):
+            return
+        first, end = _extent(out)
         for other, tensor in inputs.items():
-            if tensor is not None and overlap(out, tensor):
+            if tensor is None or not _has_memory(tensor):
+                continue
+            start, stop = _extent(tensor)
+            if start < end and first < stop and overlap(out, tensor):
                 raise ValueError(
                     f"{self.op}: {name} shares memory with {other}; it takes memory of its own, since inputs are read "
                     "while it is written"
                 )
 
 
+def _has_memory(x: torch.Tensor) -> bool:
+    """Whether x is not a fake tensor, nor another one without memory of its own."""
+    return type(x) is torch.Tensor or isinstance(x, torch.nn.Parameter)
+
+
 def _extent(x: torch.Tensor) -> tuple[int, int]:
     """First byte of x and first byte after it."""
+    first = x.data_ptr()
     if x.is_contiguous():
-        return x.data_ptr(), x.data_ptr() + x.nbytes
+        return first, first + x.nbytes
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+    return first, first + (last + 1) * x.element_size()
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two real tensors may share a byte: exact for column slices of one buffer, else by their extents."""
-    if any(type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter) for x in (a, b)):
-        return False  # fake and other tensors without memory of their own
+    """Whether tensors with memory may share a byte: exact for column slices of one buffer, else by their extents."""
     if a.device != b.device or a.device.type == "meta" or 0 in (a.numel(), b.numel()):
         return False
     (a_first, a_end), (b_first, b_end) = _extent(a), _extent(b)
