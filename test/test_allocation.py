@@ -1,5 +1,7 @@
 """Memory that is allocated past PyTorch's dispatcher is what ``torch.empty_strided`` gives."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,14 +9,20 @@ from device import DEVICE
 from torch_mxfp8moe.allocation import allocator
 
 
-@pytest.fixture(params=("Inductor's function", "without it"))
+def not_built(shape, strides, dtype):
+    raise RuntimeError("PyTorch compiled without support for the specified device.")
+
+
+@pytest.fixture(params=("there", "not there", "not built"))
 def empty(request, monkeypatch):
-    if request.param == "without it":
-        monkeypatch.setattr(torch._C._dynamo, "guards", None)
     device = torch.empty(0, device=DEVICE).device
+    name = f"_empty_strided_{device.type}"
+    inductors = getattr(torch._C._dynamo.guards, name, None)
+    if request.param != "there":
+        instead = SimpleNamespace(**{name: not_built} if request.param == "not built" else {})
+        monkeypatch.setattr(torch._C._dynamo, "guards", instead)
     found = allocator.__wrapped__(device)
-    inductors = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
-    assert (found is inductors) == (request.param != "without it")
+    assert (found is inductors) == (request.param == "there")
     return found
 
 

@@ -11,8 +11,13 @@ import torch
 @cache
 def allocator(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor]:
     """``empty(shape, strides, dtype)``: a new tensor on ``device``, which has to be the current one of its type."""
-    guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)  # nothing promises that they stay there
-    return getattr(guards, f"_empty_strided_{device.type}", None) or partial(_empty, device)
+    internals: Any = torch._C
+    try:  # nothing promises that it is there, or that it was built for this device
+        empty = getattr(internals._dynamo.guards, f"_empty_strided_{device.type}")
+        empty((0,), (1,), torch.uint8)
+    except (AttributeError, RuntimeError):
+        return partial(_empty, device)
+    return empty
 
 
 def _empty(
