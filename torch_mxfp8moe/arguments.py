@@ -247,8 +247,8 @@ class Call:
 
 
 def _has_memory(x: torch.Tensor) -> bool:
-    """Whether x is not a fake tensor, nor another one without memory of its own."""
-    return type(x) is torch.Tensor or isinstance(x, torch.nn.Parameter)
+    """Whether x is not a fake tensor, nor another one without memory of its own; of these some count as parameters."""
+    return type(x) is torch.Tensor or issubclass(type(x), torch.nn.Parameter)
 
 
 def _extent(x: torch.Tensor) -> tuple[int, int]:
