@@ -13,6 +13,16 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None, print_blob=False)
 settings.load_profile("repeatable")
 
+LONG = [
+    f"test_{name}.py"
+    for name in (
+        "gfx950_gates", "triton_compile", "triton_versions", "gfx950_simulator", "triton_interpreter", "distributed",
+        "vllm", "tune_gpu", "transformers", "install", "compile", "tools", "aiter", "extension", "bench_gpu",
+    )
+]  # fmt: skip
+"""Files that take more than 15 s, the longest first: pytest-xdist's processes begin with them, so that none has a long
+one left when the others are done."""
+
 
 def pytest_addoption(parser):
     text = "where the ops run: cpu (default); cuda, NVIDIA's or AMD's; interpreter, Triton kernels without a GPU"
@@ -33,6 +43,11 @@ def pytest_report_header(config):
 
     gpu = f", {torch.cuda.get_device_name()}" if device.NAME == "cuda" else ""
     return f"device: {device.NAME}{gpu}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
