@@ -38,10 +38,9 @@ def install(version: str, folder: Path = FOLDER) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as staging:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        done = subprocess.run(
-            [*pip, "--target", f"{staging}/{version}", f"triton=={version}"], capture_output=True, text=True
-        )
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        into = ["--no-compile", "--no-deps", "--target", f"{staging}/{version}"]
+        done = subprocess.run([*pip, *into, f"triton=={version}"], capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr or done.stdout).strip().splitlines() or ["pip said nothing"]
             raise NotInstalled(f"triton=={version} cannot be installed: {said[-1]}")

@@ -71,7 +71,7 @@ def install(folder: Path = FOLDER) -> Path:
         raise NotInstalled(f"vLLM {VERSION} takes Python 3.11 or later; this is {sys.version.split()[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as staging:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
         for packages, options in ((WITH_DEPENDENCIES, []), (ALONE, ["--no-deps"])):
             command = [*pip, *options, "--target", f"{staging}/site", *packages]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -50,7 +50,9 @@ def run(*command: str, **kwargs) -> None:
 
 
 def pip(*arguments: str) -> None:
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, cwd=ROOT)
+    # Without --no-compile pip compiles every module of torch and the rest, most of which nothing here imports.
+    quiet = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    run(PYTHON, "-m", "pip", "install", *quiet, *arguments, cwd=ROOT)
 
 
 def torch_of_this_python() -> Path | None:
