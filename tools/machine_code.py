@@ -61,6 +61,7 @@ def main() -> None:
                     options = "".join(f", {name} {value}" for name, value in tile.options.items())
                     if tile.programs:
                         options += f", warp-specialized, {tile.programs} at a time"
+                        options += ", twice, in turns" * (tile.turns == 2) + ", gathered" * (tiles.gather and i == 0)
                     cells = (
                         arch, "both" if alike else dtype, i + 1,
                         f"{tiles.block_m} x {weight_rows} x {tile.block_k}, {tile.num_warps} warps, "
