@@ -386,10 +386,12 @@ def test_kernels_take_what_they_can_read():
         return [kernels for kernels, tiles in rules.items() if admits(call, Target(arch), tiles)]
 
     assert sorted(taken()) == ["gemm", "hopper", "matvec"]
-    wide = next(tiles for tiles in configs.load("sm_90").tiles if tiles.columns == (256, 256))
-    for H, I in ((256, 256), (256, 128), (128, 256)):  # noqa: E741
+    both = [tiles for tiles in configs.load("sm_90").tiles if tiles.columns == (256, 256)]
+    wide, in_turns = (next(tiles for tiles in both if tiles.gemm1.turns == turns) for turns in (1, 2))
+    for H, I in ((256, 256), (256, 128), (128, 256), (512, 256), (768, 256)):  # noqa: E741
         call = FusedMoe(**moe_inputs(T=1, H=H, I=I)).check()
-        assert admits(call, Target("sm_90"), wide) == (H == I)
+        assert admits(call, Target("sm_90"), wide) == (min(H, I) == 256)
+        assert admits(call, Target("sm_90"), in_turns) == (H > 256)  # of whose stages both groups have some
     assert taken(H=96) == taken(I=32) == taken(arch="sm_100") == ["matvec", "gemm"]
     assert taken(shifted=["w1_scale"]) == ["matvec", "gemm"]
     assert taken(shifted=["w1"]) == taken(shifted=["w2"]) == ["gemm"]

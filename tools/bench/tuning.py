@@ -167,9 +167,9 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
         if rows == 16 * tile["num_warps"] and tile["block_k"] == 64:
             return False  # a halved tile takes two steps at a time
         turns = tile.get("turns", 1)
-        if turns == 2 and (tile["num_warps"] != 4 or tile["num_stages"] % 2 or rule["block_m"] > 32):
+        if turns == 2 and (tile["num_warps"] != 4 or tile["num_stages"] % 2 or rule["block_m"] > configs.MOST_IN_TURNS):
             return False
-        if rule.get("gather") and (rule["block_m"] > 64 or part == "gemm1" and (tile["num_warps"] != 4 or turns == 2)):
+        if rule.get("gather") and part == "gemm1" and (tile["num_warps"] != 4 or turns == 2):
             return False
         # Of shared memory: a ring of activations (bf16), weights and barriers; 1 KiB a warp for what the ending turns;
         # what one of two groups of warps hands to the other.
@@ -339,6 +339,7 @@ def rules_to_try(point: Point, kernels: str, space: dict[str, tuple], width: flo
     if kernels == "matvec" and point.rows > MATVEC_ROWS:
         return []
     choices = [normal(dict(zip(space, values)) | {"kernels": kernels}) for values in product(*space.values())]
+    choices = [rule for rule in choices if not rule.get("gather") or rule["block_m"] <= configs.MOST_GATHERED]
     nearest = min((rule["block_m"] for rule in choices), key=lambda m: abs(math.log(m / max(point.rows, 1))))
     near = lambda m: m == nearest or point.rows / width <= m <= max(point.rows, 1) * width
     return [rule for rule in choices if near(rule["block_m"])]

@@ -28,6 +28,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
+MOST_IN_TURNS = 32
+"""Slots of a tile whose stages two groups of warps take in turns."""
+MOST_GATHERED = 64
+"""Slots of a tile whose activations are gathered."""
+
 ALIKE = {"sm_103": "sm_100"}
 """Architectures that take the files of another one."""
 
@@ -50,7 +55,7 @@ class Gemm:
     block_k not 64."""
     turns: int = 1
     """2: of the warp-specialized kernel, in which two groups of 4 warps take a tile's stages in turns. There are two or
-    more, num_stages is even and block_m at most 32."""
+    more, num_stages is even, and block_m at most MOST_IN_TURNS."""
     options: dict = field(default_factory=dict, hash=False)
 
 
@@ -64,7 +69,8 @@ class Tiles:
     gemm1: Gemm
     gemm2: Gemm
     gather: bool = False
-    """With programs: gemm1 reads activations where their tokens are; they are not copied for each expert before."""
+    """With programs: gemm1 reads activations where their tokens are; they are not copied for each expert before.
+    block_m is at most MOST_GATHERED."""
 
     @property
     def kernels(self) -> str:
@@ -145,11 +151,11 @@ def rule(where: str, data: dict) -> Tiles:
         raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 8 to 128")
     gather = data.get("gather", False)
     one_group = gemm1.programs and gemm1.num_warps == 4 and gemm1.turns == 1
-    if type(gather) is not bool or gather and not (one_group and block_m <= 64):
-        takes = "true takes programs, block_m up to 64, and 4 warps and 1 turn in gemm1"
+    if type(gather) is not bool or gather and not (one_group and block_m <= MOST_GATHERED):
+        takes = f"true takes programs, block_m up to {MOST_GATHERED}, and 4 warps and 1 turn in gemm1"
         raise ValueError(f"{where}: gather is {gather!r}; {takes}")
-    if block_m > 32 and max(gemm1.turns, gemm2.turns) > 1:
-        raise ValueError(f"{where}: block_m is {block_m}; with turns it takes 8 to 32")
+    if block_m > MOST_IN_TURNS and max(gemm1.turns, gemm2.turns) > 1:
+        raise ValueError(f"{where}: block_m is {block_m}; with turns it takes 8 to {MOST_IN_TURNS}")
     if block_m == 8 and not gemm1.programs:
         raise ValueError(f"{where}: block_m is 8; without programs it takes 1 or a power of two from 16 to 256")
     return Tiles(data["rows_per_expert"], block_m, gemm1, gemm2, gather)

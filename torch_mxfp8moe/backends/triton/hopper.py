@@ -36,7 +36,7 @@ from .numerics import BLOCK, HELD_TIMES, factor, scale_byte
 
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.7
 
-gather_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # until Triton 3.8
+gather_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # likewise
 
 GATHERING = tl.constexpr(2)
 """The warps that do."""
