@@ -1287,11 +1287,17 @@ def test_fused_moe_of_hostile_ids(id_dtype):
     assert not out[0].any()
 
 
-def test_fused_moe_with_expert_map():
-    """Some global experts are elsewhere, some map entries are no expert, and rows from num_tokens on are zeros."""
+def mapped_inputs() -> dict:
+    """Some global experts are elsewhere, some map entries are no expert, and num_tokens is 20 of 33."""
     inputs = moe_inputs(T=33, H=160, I=96, E=3, K=3, G=9)
     inputs["expert_map"] = torch.tensor([2, -1, 0, -7, 1, 3, 2**31 - 1, -(2**31), -1], dtype=torch.int32)
     inputs["num_tokens"] = torch.tensor([20], dtype=torch.int32)
+    return inputs
+
+
+def test_fused_moe_with_expert_map():
+    """Rows from num_tokens on are zeros."""
+    inputs = mapped_inputs()
     out = simulated_moe(inputs)
     assert_agrees(out, reference.fused_moe(**inputs))
     assert not out[20:].any() and out[:20].any()
@@ -1299,9 +1305,7 @@ def test_fused_moe_with_expert_map():
 
 def test_fused_moe_of_many_routes(monkeypatch):
     """Slots found in parts, with ids that name no expert and an expert map, are those that are found at once."""
-    inputs = moe_inputs(T=33, H=160, I=96, E=3, K=3, G=9)
-    inputs["expert_map"] = torch.tensor([2, -1, 0, -7, 1, 3, 2**31 - 1, -(2**31), -1], dtype=torch.int32)
-    inputs["num_tokens"] = torch.tensor([20], dtype=torch.int32)
+    inputs = mapped_inputs()
     inputs["topk_ids"][0, 0] = -1
     call = ops.moe_call(inputs)
 

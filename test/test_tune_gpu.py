@@ -797,10 +797,9 @@ def test_any_journal_gives_a_file_that_serves_every_call(data):
     config = configs.parse("file", json.loads(tuning.dump(written)))
     for rules in (config.tiles, *config.shapes.values()):
         assert all(tiles.rows_per_expert <= tuning.MATVEC_ROWS for tiles in rules if tiles.kernels == "matvec")
-    shapes = {tuple(one[name] for name in tuning.SIZES): one["tiles"] for one in written.get("shapes", [])}
     for table in tables:
         for at in table.times:
-            rules = [*shapes.get(at.shape, []), *written["tiles"]]
+            rules = tuning.rules_of(written, at.shape)
             one = served(rules, at.rows, table.kernels)
             assert one == tuning.chosen(rules, at, table.kernels)
             assert one.kernels in table.kernels and (one.kernels != "hopper" or at.row == "A")

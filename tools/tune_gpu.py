@@ -296,11 +296,9 @@ def write(args, journal: Journal) -> None:
         print(f"rules of {', '.join(sorted(gone))} were there and are gone")
     print("results: " + ", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
     worst = 1.0
-    shapes = {tuple(shape[name] for name in tuning.SIZES): shape["tiles"] for shape in data.get("shapes", [])}
     for table in tables:
         for point in table.times:
-            rules = [*shapes.get(point.shape, []), *data["tiles"]]
-            cost = table.over_best(point, tuning.chosen(rules, point, table.kernels))
+            cost = table.over_best(point, tuning.chosen(tuning.rules_of(data, point.shape), point, table.kernels))
             worst = max(worst, cost or 1.0)
             if cost is None or cost > 1 + args.within / 100:
                 said = "was not measured" if cost is None else f"takes {cost:.3f}"

@@ -152,25 +152,30 @@ def tiles_of(rule: Json, gemm1: Json, gemm2: Json) -> Tiles:
     return tiles
 
 
+def taken(rule: Json, gemms: dict[str, Json]) -> bool:
+    """Whether :func:`tiles_of` takes them."""
+    try:
+        tiles_of(rule, **gemms)
+    except ValueError:
+        return False
+    return True
+
+
 def with_partner(part: str, rule: Json, tile: Json) -> dict[str, Json]:
     """Tiles of both products for measuring one part, which has ``tile``."""
     return PARTNERS[kernels_of(rule)] | ({part: tile} if part in GEMMS else {})
 
 
 def fits(part: str, rule: Json, tile: Json) -> bool:
-    """Whether there is room for what the tile holds, as far as that is known without compiling."""
+    """Whether there is room for what the tile holds, as far as that is known without compiling. Of "hopper", of whose
+    fields not all go together: and whether configs takes it."""
     kernels = kernels_of(rule)
     if part == REST:
         return True
     if kernels == "hopper":
-        rows = tile["block_n"] * (2 if part == "gemm1" else 1)
-        if rows == 16 * tile["num_warps"] and tile["block_k"] == 64:
-            return False  # a halved tile takes two steps at a time
-        turns = tile.get("turns", 1)
-        if turns == 2 and (tile["num_warps"] != 4 or tile["num_stages"] % 2 or rule["block_m"] > configs.MOST_IN_TURNS):
+        if not taken(rule, with_partner(part, rule, tile)):
             return False
-        if rule.get("gather") and part == "gemm1" and (tile["num_warps"] != 4 or turns == 2):
-            return False
+        rows, turns = tile["block_n"] * (2 if part == "gemm1" else 1), tile.get("turns", 1)
         # Of shared memory: a ring of activations (bf16), weights and barriers; 1 KiB a warp for what the ending turns;
         # what one of two groups of warps hands to the other.
         stage = tile["block_k"] * (2 * rule["block_m"] + rows) + 64
@@ -339,7 +344,7 @@ def rules_to_try(point: Point, kernels: str, space: dict[str, tuple], width: flo
     if kernels == "matvec" and point.rows > MATVEC_ROWS:
         return []
     choices = [normal(dict(zip(space, values)) | {"kernels": kernels}) for values in product(*space.values())]
-    choices = [rule for rule in choices if not rule.get("gather") or rule["block_m"] <= configs.MOST_GATHERED]
+    choices = [rule for rule in choices if taken(rule, PARTNERS[kernels])]
     nearest = min((rule["block_m"] for rule in choices), key=lambda m: abs(math.log(m / max(point.rows, 1))))
     near = lambda m: m == nearest or point.rows / width <= m <= max(point.rows, 1) * width
     return [rule for rule in choices if near(rule["block_m"])]
@@ -579,6 +584,12 @@ def file_of(tables: Sequence[Table], within: float, old: Json | None = None, kee
 
 
 SIZES = ("hidden", "intermediate", "experts", "topk")
+
+
+def rules_of(data: Json, shape: tuple[int, int, int, int]) -> list[Json]:
+    """Of a file, those for a shape, in their order, as :meth:`configs.Config.rules`."""
+    own = (one["tiles"] for one in data.get("shapes", []) if tuple(one[name] for name in SIZES) == shape)
+    return [*next(own, []), *data["tiles"]]
 
 
 def chosen(rules: list[Json], point: Point, kernels: Sequence[str] = CALLS[0]) -> Tile:

@@ -58,6 +58,10 @@ class Gemm:
     more, num_stages is even, and block_m at most MOST_IN_TURNS."""
     options: dict = field(default_factory=dict, hash=False)
 
+    def takes(self, columns: int) -> bool:
+        """Whether weights with that many columns have whole stages, and one for each turn, where there are programs."""
+        return not self.programs or columns % self.block_k == 0 and columns >= self.turns * self.block_k
+
 
 @dataclass(frozen=True)
 class Tiles:

@@ -250,14 +250,13 @@ class _Sorted(_Part):
             (1, halves, tile.block_n, box), swizzle=box,
         )  # fmt: skip
         gather = gate_up and self.tiles.gather
-        slots = Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128)
         threads = 32 * (tile.turns * tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
         return Launch(
             warpgroup_gemm_kernel,
             (min(count, tile.programs * multiprocessors(self.call.device)),),
             dict(
-                x=x if gather else slots, **weights, out=self.inner if gate_up else self.terms,
-                counters=self.counters, count=count,
+                x=x if gather else Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
+                **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
                 **self._ending(gate_up), K=columns, N=n,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=tile.block_k, STAGES=tile.num_stages,
                 TURNS=tile.turns, GATHER=gather, TOPK=self.call.topk,
@@ -344,10 +343,7 @@ def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
         return False
     if tiles.kernels == "matvec":
         return True
-    products = ((call.hidden, tiles.gemm1), (call.intermediate, tiles.gemm2))
-    return target.capability == 90 and all(
-        columns % tile.block_k == 0 and columns >= tile.turns * tile.block_k for columns, tile in products
-    )
+    return target.capability == 90 and tiles.gemm1.takes(call.hidden) and tiles.gemm2.takes(call.intermediate)
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:

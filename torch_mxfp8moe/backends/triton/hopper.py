@@ -368,8 +368,8 @@ def _gather(
     column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
     slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     stage = 0
-    phase = 1
-    mbarrier.wait(told.index(stage), phase ^ 1)
+    phase = 0
+    mbarrier.wait(told.index(stage), phase)
     pair = _get(pairs, stage)
     while pair >= 0:
         expert = pair.to(gl.int32)
@@ -379,7 +379,7 @@ def _gather(
         route = gl.load(routes + first + slot, mask=within, other=0)
         at = x + ((route // TOPK * K)[:, None] + column[None, :])
         for k in range(0, K, COLUMNS):
-            mbarrier.wait(told.index(stage), phase ^ 1)
+            mbarrier.wait(told.index(stage), phase)
             for i in gl.static_range(COLUMNS // STEP):
                 gather_async(x_ring.index(stage * (COLUMNS // STEP) + i), at + (k + i * STEP), within[:, None])
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
@@ -387,7 +387,7 @@ def _gather(
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
-        mbarrier.wait(told.index(stage), phase ^ 1)
+        mbarrier.wait(told.index(stage), phase)
         pair = _get(pairs, stage)
     async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 

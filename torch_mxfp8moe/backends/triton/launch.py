@@ -234,8 +234,7 @@ class Plan:
             for launch in self.bind(memory, device):
                 launch.run()
             return
-        if self.workspace:
-            memory = self._with_workspace(memory, device)
+        memory = self._with_workspace(memory, device)
         if self._ready is None:
             active: Any = driver.active  # a GPUDriver, which its base does not say
             self._current_stream = active.get_current_stream

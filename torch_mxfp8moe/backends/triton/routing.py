@@ -15,6 +15,13 @@ from .memory import to_product_order
 from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decoded, encoded, factor, scale_byte
 
 
+_of_routes = triton.jit(
+    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
+)
+"""A kernel that finds slots."""
+
+
 @triton.jit
 def local_experts(
     topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known,
@@ -34,10 +41,21 @@ def local_experts(
     return tl.where(valid, local, -1)
 
 
-@triton.jit(
-    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
-    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
-)
+@triton.jit
+def _count(local, EXPERTS_POW2: tl.constexpr):
+    """How many routes reach each expert, [EXPERTS_POW2], from the local expert of each."""
+    return tl.histogram(tl.maximum(local, 0), EXPERTS_POW2, mask=local >= 0)
+
+
+@triton.jit
+def _store_offsets(offsets, start, end, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr):
+    """Where each expert's slots begin, and where the last one's end, [EXPERTS + 1]."""
+    expert = tl.arange(0, EXPERTS_POW2)
+    tl.store(offsets + expert, start, mask=expert < EXPERTS)
+    tl.store(offsets + EXPERTS, tl.max(end, 0))
+
+
+@_of_routes
 def route_kernel(
     topk_ids, expert_map, num_tokens, slots, routes, offsets,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
@@ -72,10 +90,7 @@ def route_kernel(
         slot += tl.sum(mine.to(tl.int32))
 
 
-@triton.jit(
-    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
-    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
-)
+@_of_routes
 def count_kernel(
     topk_ids, expert_map, num_tokens, counts,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
@@ -87,8 +102,7 @@ def count_kernel(
         topk_ids, expert_map, num_tokens, part * N + tl.arange(0, N), routes_total, ids_stride, first_token, known,
         EXPERTS, TOPK,
     )  # fmt: skip
-    count = tl.histogram(tl.maximum(local, 0), EXPERTS_POW2, mask=local >= 0)
-    tl.store(counts + part * EXPERTS_POW2 + tl.arange(0, EXPERTS_POW2), count)
+    tl.store(counts + part * EXPERTS_POW2 + tl.arange(0, EXPERTS_POW2), _count(local, EXPERTS_POW2))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -106,10 +120,7 @@ def sum_kernel(counts, before, parts: "i32", EXPERTS_POW2: tl.constexpr, ROWS: t
     tl.store(before + parts * EXPERTS_POW2 + column, total)
 
 
-@triton.jit(
-    do_not_specialize=["routes_total", "ids_stride", "first_token", "known"],
-    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens"],
-)
+@_of_routes
 def place_kernel(
     topk_ids, expert_map, num_tokens, before, slots, routes, offsets,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
@@ -121,8 +132,7 @@ def place_kernel(
     count = tl.load(before + tl.num_programs(0) * EXPERTS_POW2 + expert)
     end = tl.cumsum(count, 0)
     if part == 0:
-        tl.store(offsets + expert, end - count, mask=expert < EXPERTS)
-        tl.store(offsets + EXPERTS, tl.max(end, 0))
+        _store_offsets(offsets, end - count, end, EXPERTS, EXPERTS_POW2)
     lane = tl.arange(0, N)
     route = part * N + lane
     local = local_experts(
@@ -146,7 +156,7 @@ def _bounds(offsets, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr):
 @triton.jit
 def _count_routes(local, EXPERTS_POW2: tl.constexpr):
     """What :func:`_bounds` returns, from the local expert of each route."""
-    count = tl.histogram(tl.maximum(local, 0), EXPERTS_POW2, mask=local >= 0)
+    count = _count(local, EXPERTS_POW2)
     end = tl.cumsum(count, 0)
     return end - count, end
 
@@ -225,9 +235,7 @@ def dispatch_kernel(
         if ROUTES:
             start, end = _count_routes(local, EXPERTS_POW2)
             if pid == 0:
-                expert = tl.arange(0, EXPERTS_POW2)
-                tl.store(offsets + expert, start, mask=expert < EXPERTS)
-                tl.store(offsets + EXPERTS, tl.max(end, 0))
+                _store_offsets(offsets, start, end, EXPERTS, EXPERTS_POW2)
         else:
             start, end = _bounds(offsets, EXPERTS, EXPERTS_POW2)
         _list_tiles(start, end, tiles, tiles_bound, EXPERTS, EXPERTS_POW2, BLOCK_M)
