@@ -11,9 +11,13 @@ SIZES = (
     dict(T=7, H=160, I=96, E=5, K=3, G=9, bias_dtype=torch.float32),
     dict(T=33, H=288, I=192, E=9, K=4, scaled=True),
     dict(T=130, H=96, I=160, E=4, K=1, id_dtype=torch.int64, weight_dtype=torch.bfloat16),
-    dict(T=260, H=64, I=32, E=2, K=2, dtype=torch.float32),
+    dict(T=260, H=96, I=32, E=2, K=2, dtype=torch.float32),
+    dict(T=7, H=320, I=96, E=5, K=3, bias_dtype=torch.float32),
+    dict(T=40, H=64, I=32, E=4, K=2),
+    dict(T=260, H=128, I=224, E=2, K=2),
 )
-"""From few to many rows an expert: each of the default tile rules serves one."""
+"""From few to many rows an expert: each of the default tile rules serves one, also where sm_90's tiles are larger than
+the weights."""
 
 
 def main() -> None:

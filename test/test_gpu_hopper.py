@@ -5,7 +5,7 @@ import torch
 
 from forced_tiles import CASES, assert_like_the_reference
 from gpu import needs_gpu, on_gpu
-from helpers import assert_equal, random_bytes
+from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes
 from torch_mxfp8moe import reference
 from torch_mxfp8moe.configs import Gemm, Tiles
 
@@ -49,8 +49,14 @@ TILES = {
     )
 }
 CASES = CASES | {
-    "smallest": (dict(H=64, I=64, E=1, K=1), dict()),
+    "smallest": (dict(H=64, I=32, E=1, K=1), dict()),
     "steps of all kinds": (dict(H=320, I=192), dict()),
+    "half a step": (dict(H=448, I=96), dict()),
+    "half a step, biases and limits": (
+        dict(H=2880, I=224, bias_dtype=torch.float32),
+        dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.5),
+    ),
+    "half a step, bf16 activations": (dict(H=128, I=352), dict(activation_dtype="bf16")),
     "several words of scale bytes": (dict(H=1280, I=768), dict()),
     "an odd number of stages": (dict(H=768, I=384), dict()),
 }
@@ -63,9 +69,24 @@ def test_like_the_reference(case, tiles):
     sizes, options = CASES[case]
     for size, gemm in ((sizes.get("H", 512), tiles.gemm1), (sizes.get("I", 256), tiles.gemm2)):
         if not gemm.takes(size):
-            pytest.skip(f"the tile takes {gemm.turns} or more times {gemm.block_k} columns")
-    for T in (1, 7, 70, 300):
+            pytest.skip(f"the tile takes more than {(gemm.turns - 1) * gemm.block_k} columns")
+    for T in (1, 7, 70, 200, 300):
         assert_like_the_reference(dict(T=T, H=512, I=256, E=5, K=2) | sizes, options, repeats=3, to=on_gpu)
+
+
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES, indirect=True)
+def test_what_lies_beyond_a_weight_does_not_matter(tiles):
+    """NaN in the last columns of a row, and behind them: it stays in the outputs that the row is for."""
+    inputs = moe_inputs(T=70, H=576, I=288, E=5, K=2)
+    for name, rows in (("w1_scale", ()), ("w2_scale", (0, 5, 575))):
+        for row in rows:
+            inputs[name][:, row, -1] = 255
+            inputs[name][:, row - 1, 0] = 255
+    inputs["w1_scale"][3, 287, -1] = inputs["w1_scale"][3, 288, 0] = 255  # the last gate row, and the first one of up
+    inputs = on_gpu(inputs)
+    want = reference.fused_moe(**inputs)
+    assert want.isnan().any(0).sum() > 6 and not want.isnan().all(0).all()
+    assert_agrees(OPS.fused_moe(**inputs, backend="triton"), want)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +96,7 @@ def test_like_the_reference(case, tiles):
 )  # fmt: skip
 @pytest.mark.parametrize(
     "K, column",
-    [(K, K - left) for K in (64, 128, 256, 2048) for left in (64, 27, 128, 91, 155, 219) if left <= K],
+    [(K, K - left) for K in (64, 128, 256, 320, 2048) for left in (64, 27, 128, 91, 155, 219) if left <= K],
 )
 def test_every_code_with_every_scale(K, column, rows, columns, stages, turns):
     """A weight's row holds one code; what it is multiplied with is 1, so that the product is its value."""
@@ -83,8 +104,8 @@ def test_every_code_with_every_scale(K, column, rows, columns, stages, turns):
     from torch_mxfp8moe.backends.triton.launch import Descriptor, Launch, Operand
     from torch_mxfp8moe.backends.triton.memory import PRODUCT_ORDER
 
-    if K % columns or K < turns * columns:
-        pytest.skip(f"the tile takes {turns} or more times {columns} columns")
+    if K <= (turns - 1) * columns:
+        pytest.skip(f"the tile takes more than {(turns - 1) * columns} columns")
     box = min(columns, 128)
     E, N = 64, 1024
     codes = torch.zeros(E, 1, N, K, dtype=torch.uint8, device="cuda")

@@ -342,12 +342,14 @@ def test_the_host_reads_no_data(monkeypatch, arch):
         return {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
 
     layer = ["route_kernel", "dispatch_kernel", "grouped_gemm_kernel", "grouped_gemm_kernel", "combine_kernel"]
+    if arch == "sm_90":
+        layer[2:4] = 2 * ["warpgroup_gemm_kernel"]
     few = layer[1:] if arch.startswith("sm_") else layer
     many = ["count_kernel", "sum_kernel", "place_kernel", *layer[1:]]
     expected = {1: ["gate_up_kernel", "down_kernel"] if arch == "sm_90" else few, 40: few, 2000: layer, 3000: many}
     cases = [
-        moe_inputs(T=T, G=9, E=5, K=2, bias_dtype=torch.float32, scaled=scaled)
-        | dict(expert_map=torch.zeros(9, dtype=torch.int32), num_tokens=torch.zeros(1, dtype=torch.int32))
+        moe_inputs(T=T, G=33, E=5, K=2, bias_dtype=torch.float32, scaled=scaled)
+        | dict(expert_map=torch.zeros(33, dtype=torch.int32), num_tokens=torch.zeros(1, dtype=torch.int32))
         for T in expected
         for scaled in (False, True)
     ]
@@ -386,13 +388,13 @@ def test_kernels_take_what_they_can_read():
         return [kernels for kernels, tiles in rules.items() if admits(call, Target(arch), tiles)]
 
     assert sorted(taken()) == ["gemm", "hopper", "matvec"]
-    both = [tiles for tiles in configs.load("sm_90").tiles if tiles.columns == (256, 256)]
-    wide, in_turns = (next(tiles for tiles in both if tiles.gemm1.turns == turns) for turns in (1, 2))
-    for H, I in ((256, 256), (256, 128), (128, 256), (512, 256), (768, 256)):  # noqa: E741
+    specialized = [tiles for tiles in configs.load("sm_90").tiles if tiles.kernels == "hopper"]
+    alone, in_turns = (next(tiles for tiles in specialized if tiles.gemm1.turns == turns) for turns in (1, 2))
+    for H, I in ((64, 32), (256, 96), (320, 32), (768, 256)):  # noqa: E741
         call = FusedMoe(**moe_inputs(T=1, H=H, I=I)).check()
-        assert admits(call, Target("sm_90"), wide) == (min(H, I) == 256)
+        assert admits(call, Target("sm_90"), alone)
         assert admits(call, Target("sm_90"), in_turns) == (H > 256)  # of whose stages both groups have some
-    assert taken(H=96) == taken(I=32) == taken(arch="sm_100") == ["matvec", "gemm"]
+    assert taken(H=96) == taken(H=32) == taken(arch="sm_100") == ["matvec", "gemm"]
     assert taken(shifted=["w1_scale"]) == ["matvec", "gemm"]
     assert taken(shifted=["w1"]) == taken(shifted=["w2"]) == ["gemm"]
     assert taken(H=256, I=128, layout="aiter_gfx950", **aiter_scales(256, 128)) == ["gemm"]

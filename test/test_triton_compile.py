@@ -131,8 +131,10 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
                 tile = {name: arguments[name] for name in ("GATE_UP", "BLOCK_M", "BLOCK_N", "BLOCK_K", "N", "K")}
                 raise AssertionError(f"{tile} {launch.options}: {error}") from None
         elif launch.kernel is warpgroup_gemm_kernel:
-            machine_code.check_gemm(code, scaled=False, descriptors=True)
             arguments = launch.arguments
+            # With tiles of three widths some addresses are in memory, to be read again every few steps.
+            stack = 64 if arguments["BLOCK_M"] == 128 else 0
+            machine_code.check_gemm(code, scaled=False, descriptors=True, stack=stack)
             halved = arguments["BLOCK_N"] * (1 + arguments["GATE_UP"]) == 16 * launch.options["num_warps"]
             apart = 128 * arguments["BLOCK_M"] if halved else 0  # the next 64 columns' activations
             sass.check_right_operands(sass.disassemble(kernel.asm["cubin"]), apart)
@@ -209,7 +211,7 @@ def test_products_of_listed_shapes(arch, record_property):
     "tiles, sizes",
     [
         pytest.param(tiles, sizes, id=f"{tiles}-{sizes}")
-        for tiles, sizes in product(TILES, ((256, 768), (128, 192), (64, 320)))
+        for tiles, sizes in product(TILES, ((256, 768), (128, 224), (64, 320)))
         if SCOPE == 2 or sizes == (256, 768) or (SCOPE and tiles == next(iter(TILES)))
     ],
 )

@@ -99,7 +99,7 @@ def test_fields_that_others_add_need_nothing_here(monkeypatch):
 @pytest.mark.parametrize("arch", ("sm_90", "sm_100", "gfx942", "gfx950"))
 def test_the_space_is_of_tiles_that_configs_take(arch):
     for kernels, space in tuning.space_of(arch).items():
-        rules = tuning.rules_to_try(point(1), kernels, space["rule"], width=1e9)
+        rules = tuning.rules_to_try(point(1), kernels, tuning.rules_of_space(kernels, space["rule"]), width=1e9)
         gathered = [m for m in space["rule"]["block_m"] if m <= configs.MOST_GATHERED and "gather" in space["rule"]]
         assert [rule["block_m"] for rule in rules if "gather" in rule] == gathered
         assert len(rules) == len(space["rule"]["block_m"]) + len(gathered)
@@ -127,14 +127,17 @@ def test_a_tile_of_other_kernels_than_its_rule_is_not_taken():
 
 
 def test_rules_near_the_rows_of_an_expert():
-    space = {"block_m": (16, 32, 64, 128)}
-    rules = lambda T, kernels="gemm": tuning.rules_to_try(point(T, (64, 32, 128, 4)), kernels, space)
+    def rules(T, kernels="gemm", block_m=(16, 32, 64, 128)):
+        choices = tuning.rules_of_space(kernels, {"block_m": block_m})
+        return tuning.rules_to_try(point(T, (64, 32, 128, 4)), kernels, choices)
+
     near = lambda T: [rule["block_m"] for rule in rules(T)]
     assert [near(T) for T in (1, 640, 1024, 8192)] == [[16], [16, 32, 64], [16, 32, 64, 128], [64, 128]]
     assert near(1 << 20) == [128]
     assert rules(1 << 20, "hopper") == [{"block_m": 128, "kernels": "hopper"}]
-    few = lambda T: tuning.rules_to_try(point(T, (64, 32, 128, 4)), "matvec", {"block_m": (1,)})
+    few = lambda T: rules(T, "matvec", (1,))
     assert few(32) == [{"block_m": 1, "kernels": "matvec"}] and few(33) == []
+    assert tuning.rules_to_try(point(1), "hopper", []) == []
 
 
 def test_tiles_without_room_are_not_tried():
@@ -322,7 +325,7 @@ def tuner(monkeypatch, tmp_path):
     "arch, sizes, options, kernels",
     [
         ("sm_90", {}, (), ["gemm", "hopper", "matvec"]),
-        ("sm_90", {"intermediate": 96}, (), ["gemm", "matvec"]),
+        ("sm_90", {"hidden": 2080}, (), ["gemm", "matvec"]),
         ("sm_90", {}, ("--layout", "aiter_gfx950"), ["gemm"]),
         ("sm_100", {}, (), ["gemm", "matvec"]),
         ("gfx950", {}, ("--activations", "bf16"), ["gemm", "matvec"]),
@@ -338,6 +341,33 @@ def test_which_kernels_are_tuned(tmp_path, arch, sizes, options, kernels):
     for search in searches:
         assert tuning.fits(search.part, search.rule, search.start)
         tuning.tiles_of(search.rule, **tuning.with_partner(search.part, search.rule, search.start))
+
+
+def test_candidates_are_tried_and_nothing_else(tuner, tmp_path):
+    """Each product by itself, under each rule near the rows of a point; what is configured as well."""
+    near, far = {"block_m": 16, "gemm1": GEMM, "gemm2": GEMM}, {"block_m": 128, "gemm1": GEMM, "gemm2": GEMM}
+    other = near | {"gemm1": GEMM | {"num_warps": 8}, "rows_per_expert": 3}
+    (tmp_path / "list.json").write_text(json.dumps([near, other, far]))
+    one, row, searches, _ = tuner("--candidates", str(tmp_path / "list.json"))
+    one.tune(row, searches, [], time.time() + 100, descend=False)
+    for search in searches:
+        tried = {key(tile) for tile in one.listed(search.rule, search.part)}
+        assert set(search.times) == {key(search.start)} | tried
+        assert len(tried) == (2 if search.part == "gemm1" else search.part == "gemm2") or search.rule["block_m"] != 16
+    assert {search.rule["block_m"] for search in searches if tuning.kernels_of(search.rule) == "gemm"} >= {16}
+    shipped = tune_gpu.read_rules(str(TOOLS / "bench" / "candidates" / "sm_90.json"))
+    assert set(tuning.candidates_of(shipped)) == set(tuning.CALLS[0])
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("{", "Expecting"), ('[{"block_m": 16}]', "candidate 0: has the keys"), ("[1]", "not a mapping"), ("1", "int")],
+)
+def test_wrong_candidates(tmp_path, capsys, text, said):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(SystemExit):
+        tune_gpu.parse(["--candidates", str(tmp_path / "list.json")])
+    assert said in capsys.readouterr().err
 
 
 def test_a_search_begins_at_what_is_configured(tmp_path):
@@ -455,7 +485,7 @@ from types import SimpleNamespace
 from pathlib import Path
 from test_tune_gpu import GEMM, Search, point, Journal
 tune_gpu.HANG = 0.2
-args = SimpleNamespace(space=None)
+args = SimpleNamespace(space=None, candidates=None)
 tuner = tune_gpu.Tuner(args, Journal(Path(sys.argv[1]), {{"gpu": "X"}}), SimpleNamespace(arch="sm_90"), 0)
 search = Search(point(1), "gemm1", {{"block_m": 16}}, GEMM, {{}})
 hang = SimpleNamespace(measure=lambda *args: time.sleep(60))
@@ -847,7 +877,7 @@ def test_few_tokens_of_many_may_be_rounded_the_other_way():
         out[:count] *= 1 + error
         return tune_gpu.what_is_wrong([out.bfloat16()] * 2, want)
 
-    assert said(2, 0.05) == "" and said(3, 0.05).startswith("3 of 2000 tokens are off, by up to 5.")
+    assert said(8, 0.05) == "" and said(9, 0.05).startswith("9 of 2000 tokens are off, by up to 5.")
     assert said(1, 0.2).startswith("1 of 2000 tokens are off, by up to 2.0e-01")
 
 

@@ -338,13 +338,35 @@ class Search:
         return [tile for tile in new if fits(self.part, self.rule, tile)]
 
 
-def rules_to_try(point: Point, kernels: str, space: dict[str, tuple], width: float = 4.0) -> list[Json]:
-    """Rules whose block_m is not far from the rows that an expert gets: at most ``width`` times as many, not less than
-    a ``width``-th, and the nearest one in any case. "matvec", which has no tiles of rows: if there are few."""
-    if kernels == "matvec" and point.rows > MATVEC_ROWS:
-        return []
+Candidates = dict[str, dict[str, dict[str, list[Json]]]]
+"""Tiles by kernels, by the key of a rule, and by part."""
+
+
+def candidates_of(rules: Sequence[Json]) -> Candidates:
+    """From rules as tile files have them. Raises ValueError where ``configs`` does not take one."""
+    result: Candidates = {}
+    for i, rule in enumerate(rules):
+        tiles = configs.rule(f"candidate {i}", {LIMIT: None, **rule})
+        shared = rule_json(tiles)
+        parts = result.setdefault(tiles.kernels, {}).setdefault(key(shared), {name: [] for name in GEMMS})
+        for name in GEMMS:
+            if (tile := gemm_json(getattr(tiles, name))) not in parts[name]:
+                parts[name].append(tile)
+    return result
+
+
+def rules_of_space(kernels: str, space: dict[str, tuple]) -> list[Json]:
+    """All that ``configs`` takes."""
     choices = [normal(dict(zip(space, values)) | {"kernels": kernels}) for values in product(*space.values())]
-    choices = [rule for rule in choices if taken(rule, PARTNERS[kernels])]
+    return [rule for rule in choices if taken(rule, PARTNERS[kernels])]
+
+
+def rules_to_try(point: Point, kernels: str, choices: Sequence[Json], width: float = 4.0) -> list[Json]:
+    """Those of ``choices`` whose block_m is not far from the rows that an expert gets: at most ``width`` times as many,
+    not less than a ``width``-th, and the nearest one in any case. "matvec", which has no tiles of rows: if there are
+    few."""
+    if not choices or kernels == "matvec" and point.rows > MATVEC_ROWS:
+        return []
     nearest = min((rule["block_m"] for rule in choices), key=lambda m: abs(math.log(m / max(point.rows, 1))))
     near = lambda m: m == nearest or point.rows / width <= m <= max(point.rows, 1) * width
     return [rule for rule in choices if near(rule["block_m"])]

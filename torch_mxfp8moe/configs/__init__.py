@@ -12,8 +12,8 @@ that is another matrix instruction::
 Of the rules of a shape, if it is listed, and then those of ``tiles``, the first one serves a call whose
 tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
 null there and serves the rest. Rules of kernels that do not take every call are passed over by those that they do not
-take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90; H and I are multiples of
-what block_k is in gemm1 and gemm2), and rules with block_m 1, in which each route is served by itself
+take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90; H is a multiple of
+64), and rules with block_m 1, in which each route is served by itself
 (:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on shapes and dtypes only, never on where tokens
 are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to Triton's compiler as options.
 ``tools/tune_gpu.py`` writes these files.
@@ -50,17 +50,16 @@ class Gemm:
     """Load through tensor descriptors (TMA)."""
     programs: int = 0
     """Not 0: of the warp-specialized kernel, of which a multiprocessor runs that many programs at a time. num_warps,
-    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, and block_k 64, 128 or 256, of
-    which the weight's columns are a multiple. Or the tile is halved: with 4 warps block_n is 32 (w1) or 64 (w2), and
-    block_k not 64."""
+    the warps that multiply, is 4 or 8, block_n 16 (w1) or 32 (w2) for each of them, and block_k 64, 128 or 256. Or the
+    tile is halved: with 4 warps block_n is 32 (w1) or 64 (w2), and block_k not 64."""
     turns: int = 1
     """2: of the warp-specialized kernel, in which two groups of 4 warps take a tile's stages in turns. There are two or
     more, num_stages is even, and block_m at most MOST_IN_TURNS."""
     options: dict = field(default_factory=dict, hash=False)
 
     def takes(self, columns: int) -> bool:
-        """Whether weights with that many columns have whole stages, and one for each turn, where there are programs."""
-        return not self.programs or columns % self.block_k == 0 and columns >= self.turns * self.block_k
+        """Whether weights with that many columns have a stage for each turn."""
+        return columns > (self.turns - 1) * self.block_k
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Tiles:
 
     @property
     def columns(self) -> tuple[int, int]:
-        """What H and I must be multiples of."""
-        return (self.gemm1.block_k, self.gemm2.block_k) if self.kernels == "hopper" else (1, 1)
+        """What H and I must be more than."""
+        return tuple((gemm.turns - 1) * gemm.block_k for gemm in (self.gemm1, self.gemm2))
 
 
 @dataclass(frozen=True)

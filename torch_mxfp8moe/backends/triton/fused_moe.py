@@ -163,7 +163,8 @@ class _Sorted(_Part):
         after_rows, self.workspace = self.workspace, start
         self.terms = self._scratch(term_dtype, self.routes, call.hidden)
         self.workspace = max(self.workspace, after_rows)
-        self.inner = self._scratch(row_dtype, self.routes, call.intermediate)
+        columns = -(-call.intermediate // 64) * 64 if self.specialized else call.intermediate  # its whole steps
+        self.inner = self._scratch(row_dtype, self.routes, columns)
         self.rows_scale = self.inner_scale = None
         if self.scaled:
             self.rows_scale = self._scratch(torch.uint8, self.routes, call.hidden // BLOCK)
@@ -237,12 +238,13 @@ class _Sorted(_Part):
         )  # fmt: skip
 
     def _specialized_gemm(self, tile: Gemm, x: Operand, x_scale: Operand | None, name: str, gate_up: bool) -> Launch:
-        from .hopper import warpgroup_gemm_kernel  # other GPUs' builds of Triton need not have what it imports
+        # Other GPUs' builds of Triton need not have what it imports.
+        from .hopper import slots_of_a_copy, warpgroup_gemm_kernel
 
         experts, rows, columns = getattr(self.call, name).shape
         halves = 2 if gate_up else 1
         n = rows // halves
-        count = self.tiles_bound * triton.cdiv(n, tile.block_n)
+        count = self.tiles_bound * triton.cdiv(self.inner.shape[1] if gate_up else n, tile.block_n)
         box = min(tile.block_k, 128)
         weights = self._weights(name)
         weights["w"] = Descriptor(
@@ -250,12 +252,13 @@ class _Sorted(_Part):
             (1, halves, tile.block_n, box), swizzle=box,
         )  # fmt: skip
         gather = gate_up and self.tiles.gather
+        slots = slots_of_a_copy(self.tiles.block_m)
         threads = 32 * (tile.turns * tile.num_warps + 4)  # Triton gives the one warp that loads the room of four
         return Launch(
             warpgroup_gemm_kernel,
             (min(count, tile.programs * multiprocessors(self.call.device)),),
             dict(
-                x=x if gather else Descriptor(x, x.shape, (columns, 1), (self.tiles.block_m, 64), swizzle=128),
+                x=x if gather else Descriptor(x, x.shape, (x.shape[1], 1), (slots, 64), swizzle=128),
                 **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
                 **self._ending(gate_up), K=columns, N=n,
                 BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=tile.block_k, STAGES=tile.num_stages,
@@ -334,7 +337,7 @@ class _Sorted(_Part):
 def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
     """Whether the kernels that ``tiles`` are for take the call.
 
-    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole stages.
+    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole steps of hidden states.
     """
     if tiles.kernels == "gemm":
         return True
@@ -343,7 +346,8 @@ def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
         return False
     if tiles.kernels == "matvec":
         return True
-    return target.capability == 90 and tiles.gemm1.takes(call.hidden) and tiles.gemm2.takes(call.intermediate)
+    in_turns = tiles.gemm1.takes(call.hidden) and tiles.gemm2.takes(call.intermediate)
+    return target.capability == 90 and call.hidden % 64 == 0 and in_turns
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:

@@ -9,8 +9,11 @@ the order of things to us. What it does beyond the plain kernel:
   become bf16 in registers, in five instructions a pair, from codes that a lane reads 16 at a time.
 - A lane's 16 codes are neighbours in memory, which the matrix instruction's operand is not: the product runs over K in
   another order within each 64, ``PRODUCT_ORDER``, in which the activations are stored.
-- The rest of an expert that fills at most half a tile takes a product of half the width.
+- The rest of an expert that fills at most half a tile takes a product of half the width; of 128 slots, one that fills
+  no more than three quarters a product of a quarter besides.
 - Few rows of an expert take a tile of half as many weight rows: its two products are those of every other step.
+- Of the activations it loads no more than such a product takes: what multiprocessors read from the L2 cache is the
+  limit where tiles are half full.
 - TURNS is 2: two groups of warps share a tile, each with the products of every other stage. One tile at a time on a
   multiprocessor ends in half the time of one of two, which is what the last tiles of a launch cost.
 - GATHER: beside the loader, two warps fetch the row of each slot's token, which nobody has to copy to the slot before.
@@ -47,6 +50,12 @@ STEP = tl.constexpr(64)
 BOX = tl.constexpr(128)
 """The most columns of codes that a copy takes: as many as a swizzle has bytes. Copies of one stage follow each other at
 once, so that memory is read in longer pieces."""
+
+
+@constexpr_function
+def slots_of_a_copy(block_m):
+    """Of a tile's ``block_m``: products are of half of them, or of some copies more."""
+    return 32 if block_m == 128 else block_m // 2 if block_m > 16 else block_m
 
 
 GATE_AND_UP = (3, 2, 5, 1, 4, 0)
@@ -260,6 +269,11 @@ _FINISH = gl.constexpr(
 in which programs were counted."""
 
 
+_ZERO = gl.constexpr("mov.b32 $0, 0;")
+"""A number that the compiler does not know: what is computed from it stays in its loop, and takes no register
+outside."""
+
+
 @gluon.jit
 def _put(ring, stage, value):
     """A number to tell the other warps, from the loader."""
@@ -274,9 +288,9 @@ def _get(ring, stage):
 
 @gluon.jit
 def _load(
-    x, w, w_scale, ring, work, tiles, counters, count,
-    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, HALVES: gl.constexpr,
-    STAGES: gl.constexpr, BYTES: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
+    x, w, w_scale, ring, work, tiles, offsets, counters, count,
+    K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr,
+    HALVES: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """The loader: for each tile of this program, the operands of all its stages, and with them which tile it is; a last
     stage, for each of those who take turns, says that there is no other. The other warps read scale bytes themselves,
@@ -289,25 +303,32 @@ def _load(
     pairs, columns, told = work
     counter = (counters + 2 * (HALVES - 1)).to(gl.int64, bitcast=True)
     box: gl.constexpr = min(COLUMNS, BOX)
-    column_tiles: gl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    BYTES: gl.constexpr = HALVES * BLOCK_N * COLUMNS
+    COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
+    LEAST: gl.constexpr = max(BLOCK_M // 2, COPY)
+    column_tiles: gl.constexpr = ((whole_steps(N) if HALVES == 2 else N) + BLOCK_N - 1) // BLOCK_N
     stage = 0
     phase = 1
-    take: gl.constexpr = max(K - 1024, 0)
-    give: gl.constexpr = max(K - 512, 0)
+    padded: gl.constexpr = (K + COLUMNS - 1) // COLUMNS * COLUMNS
+    take: gl.constexpr = max(padded - 1024, 0)
+    give: gl.constexpr = max(padded - 512, 0)
     tiles = tiles.to(gl.pointer_type(gl.int64), bitcast=True)
     index = gl.program_id(0)
     pair = gl.load(tiles + index // column_tiles)
+    end = gl.load(offsets + gl.maximum(pair.to(gl.int32) + 1, 0))
     while index < count:
         own = pair
         expert = own.to(gl.int32)
         first = (own >> 32).to(gl.int32)
+        slots = end - first
         column_tile = index % column_tiles
         n = column_tile * BLOCK_N
         index = count  # there are no tiles after one that nobody needs
         taken = 0
         if expert >= 0:
-            scales = w_scale + (expert.to(gl.int64) * (HALVES * N) + n) * (K // BLOCK)
-            size = gl.minimum(N - n, BLOCK_N) * (K // BLOCK)
+            row = gl.minimum(n, N - BLOCK)  # a tile may be beyond N
+            scales = w_scale + (expert.to(gl.int64) * (HALVES * N) + row) * (K // BLOCK)
+            size = gl.minimum(N - row, BLOCK_N) * (K // BLOCK)
             for half in gl.static_range(HALVES):
                 gl.inline_asm_elementwise(
                     _PREFETCH, "=r,l,r", [(scales + half * (N * (K // BLOCK))).to(gl.int64, bitcast=True), size],
@@ -323,20 +344,32 @@ def _load(
                 _put(columns, stage, column_tile)
                 if GATHER:
                     mbarrier.arrive(told.index(stage), count=1)
-                mbarrier.expect(full.index(stage), BYTES)
+                if GATHER:
+                    mbarrier.expect(full.index(stage), BYTES)
+                else:
+                    for most in gl.static_range(LEAST, BLOCK_M + 1, COPY):
+                        mbarrier.expect(
+                            full.index(stage), BYTES + most * COLUMNS * 2,
+                            pred=(most == LEAST or slots > most - COPY) and (most == BLOCK_M or slots <= most),
+                        )  # fmt: skip
                 for i in gl.static_range(COLUMNS // box):
                     at = w_ring.index(stage * (COLUMNS // box) + i)
                     load_async(w, [expert, 0, n, k + i * box], full.index(stage), at)
                 if not GATHER:
                     for i in gl.static_range(COLUMNS // STEP):
                         at = x_ring.index(stage * (COLUMNS // STEP) + i)
-                        load_async(x, [first, k + i * STEP], full.index(stage), at)
+                        for slot in gl.static_range(0, BLOCK_M, COPY):
+                            load_async(
+                                x, [first + slot, k + i * STEP], full.index(stage), at.slice(slot, COPY),
+                                pred=slot < LEAST or slots > slot,
+                            )  # fmt: skip
                 if k == give:
                     taken = gl.inline_asm_elementwise(
                         _GIVE, "=r,r", [taken], dtype=gl.int32, is_pure=False, pack=1
                     )  # fmt: skip
                     index = gl.num_programs(0) + taken
                     pair = gl.load(tiles + gl.minimum(index, count - 1) // column_tiles)
+                    end = gl.load(offsets + gl.maximum(pair.to(gl.int32) + 1, 0))
                 stage += 1
                 if stage == STAGES:
                     stage = 0
@@ -381,7 +414,10 @@ def _gather(
         for k in range(0, K, COLUMNS):
             mbarrier.wait(told.index(stage), phase)
             for i in gl.static_range(COLUMNS // STEP):
-                gather_async(x_ring.index(stage * (COLUMNS // STEP) + i), at + (k + i * STEP), within[:, None])
+                there = within
+                if K % COLUMNS != 0:
+                    there = within & (k + i * STEP < K)
+                gather_async(x_ring.index(stage * (COLUMNS // STEP) + i), at + (k + i * STEP), there[:, None])
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             stage += 1
             if stage == STAGES:
@@ -421,9 +457,41 @@ def _steps(codes):
 @constexpr_function
 def _word_steps(columns_total, columns, turns):
     """For how many steps a word of scale bytes lasts: 8 bytes for 4; for no more than a stage if they are taken in
-    turns."""
-    most = columns // STEP.value if turns == 2 else 4
-    return next(steps for steps in (4, 2, 1) if steps <= most and columns_total % (steps * STEP.value) == 0)
+    turns, or the last one is not full."""
+    if turns == 2 or columns_total % columns != 0:
+        return columns // STEP.value
+    return next(steps for steps in (4, 2, 1) if columns_total % (steps * STEP.value) == 0)
+
+
+@constexpr_function
+def whole_steps(columns):
+    """How many columns rows have in memory whose columns are in product order."""
+    return -(-columns // STEP.value) * STEP.value
+
+
+@constexpr_function
+def _piece_bytes(columns_total, steps):
+    """Of scale bytes, how many can be read at once of a word for ``steps``: every row begins at a multiple of that."""
+    return next(size for size in (8, 4, 2, 1) if size <= 2 * steps and columns_total // BLOCK.value % size == 0)
+
+
+@gluon.jit
+def _scale_words(scales, rows, word, K: gl.constexpr, STEPS: gl.constexpr):
+    """A word of scale bytes of each row, the one for STEPS steps from ``word`` * STEPS on. Where the weight has no more
+    columns they repeat its row's last ones: any would do for codes that are 0, but for NaN that the row does not have.
+    """
+    SIZE: gl.constexpr = _piece_bytes(K, STEPS)
+    PIECES: gl.constexpr = 2 * STEPS // SIZE
+    if PIECES == 1:
+        return gl.load(scales + word + rows)
+    else:
+        LAST: gl.constexpr = K // BLOCK // SIZE - 1
+        WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32
+        words = gl.load(scales + word * PIECES + rows).to(WORD)
+        for i in gl.static_range(1, PIECES):
+            piece = gl.load(scales + gl.minimum(word * PIECES + i, LAST) + rows)
+            words |= piece.to(WORD) << (8 * SIZE * i)
+        return words
 
 
 @gluon.jit
@@ -434,16 +502,22 @@ def _before(stage, STAGES: gl.constexpr, TURNS: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    ring, scales, rows0, rows1, trips, stage, phase,
-    M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr, STEPS: gl.constexpr,
-    ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
+    ring, scales, rows0, rows1, trips, skipped, stage, phase,
+    K: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr, STEPS: gl.constexpr, ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr,
+    GATHER: gl.constexpr,
 ):  # fmt: skip
-    """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
-    steps. HALVED: of the same rows, one of every other step. TURNS is 2: of every other stage."""
+    """The two products [GROUP, M] fp32 of a tile, those [GROUP, MORE] of the slots after these, if MORE is not 0, and
+    the next stage and phase. A word of scale bytes lasts for STEPS steps. HALVED: of the same rows, one of every other
+    step. TURNS is 2: of every other stage."""
     x_ring, w_ring, full, empty = ring
     TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, M, 16]
     )
+    MORE_TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, MORE if MORE > 0 else M, 16]
+    )
+    PENDING: gl.constexpr = 2 if MORE > 0 else 1  # products that are under way while others' weights become bf16
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOTAL, k_width=2)
     box: gl.constexpr = min(COLUMNS, BOX)
     gl.static_assert(not HALVED or COLUMNS > STEP, "a halved tile takes two steps at a time")
@@ -452,35 +526,43 @@ def _multiply(
     # Stages that are the same in each trip are known to the compiler.
     FIXED: gl.constexpr = STEPS // PARTS % STAGES == 0
     # So many trips before their use, scale bytes are read; a wide product leaves no registers for more.
-    AHEAD: gl.constexpr = 2 if M <= 64 else 1
+    AHEAD: gl.constexpr = 2 if M + MORE <= 64 else 1
     LAST: gl.constexpr = 1 if HALVED else 0  # of the steps that a pass of the loop below takes
     total0 = gl.zeros([GROUP, M], gl.float32, TOTAL)
     total1 = warpgroup_mma_init(gl.zeros([GROUP, M], gl.float32, TOTAL))
+    more0 = total0
+    more1 = total1
+    if MORE > 0:
+        more0 = gl.zeros([GROUP, MORE], gl.float32, MORE_TOTAL)
+        more1 = warpgroup_mma_init(gl.zeros([GROUP, MORE], gl.float32, MORE_TOTAL))
     left1 = gl.zeros([GROUP, STEP], gl.bfloat16, LEFT)
     # Of a step's two bytes a lane needs that of its block, and each in 16 bits.
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, ORDER))
     block = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)), 0)
     selector = gl.zeros([GROUP, 2], gl.int32, layout) + (0x4040 if STEPS == 1 else 0x4240) + 0x0101 * block
-    word0 = gl.load(scales + rows0)
-    word1 = word0 if HALVED else gl.load(scales + rows1)
+    word0 = _scale_words(scales, rows0, skipped, K, STEPS)
+    word1 = word0 if HALVED else _scale_words(scales, rows1, skipped, K, STEPS)
     if AHEAD == 2:
-        ahead = scales + gl.minimum(1, trips - 1) * TURNS
-        next0 = gl.load(ahead + rows0)
-        next1 = next0 if HALVED else gl.load(ahead + rows1)
+        ahead = gl.minimum(1, trips - 1) * TURNS + skipped
+        next0 = _scale_words(scales, rows0, ahead, K, STEPS)
+        next1 = next0 if HALVED else _scale_words(scales, rows1, ahead, K, STEPS)
     for i in range(trips):
         values = _scale_values(word0, word1, selector, STEPS, HALVED)
+        here = 0
+        if x_ring.shape[1] == 128:
+            here = gl.inline_asm_elementwise(_ZERO, "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
         if AHEAD == 2:
             word0 = next0
             word1 = next1
-            ahead = scales + gl.minimum(i + 2, trips - 1) * TURNS
-            next0 = gl.load(ahead + rows0)
-            next1 = next0 if HALVED else gl.load(ahead + rows1)
+            ahead = gl.minimum(i + 2, trips - 1) * TURNS + skipped
+            next0 = _scale_words(scales, rows0, ahead, K, STEPS)
+            next1 = next0 if HALVED else _scale_words(scales, rows1, ahead, K, STEPS)
         for step in gl.static_range(0, STEPS, 2 if HALVED else 1):
             if AHEAD == 1 and step == STEPS // 2:  # when half of the registers that values takes are free
-                ahead = scales + gl.minimum(i + 1, trips - 1) * TURNS
-                word0 = gl.load(ahead + rows0)
-                word1 = gl.load(ahead + rows1)
-            at = step // PARTS % STAGES if FIXED else stage
+                ahead = gl.minimum(i + 1, trips - 1) * TURNS + skipped
+                word0 = _scale_words(scales, rows0, ahead, K, STEPS)
+                word1 = _scale_words(scales, rows1, ahead, K, STEPS)
+            at = (step // PARTS % STAGES if FIXED else stage) + here
             before = (step // PARTS + STAGES - 1) % STAGES if FIXED else _before(stage, STAGES, TURNS)
             if step % PARTS == 0:
                 mbarrier.wait(full.index(at), phase)
@@ -491,11 +573,17 @@ def _multiply(
                 codes = codes.reshape(((1 if HALVED else 2) * GROUP, box))
                 parts0 = _steps(codes.slice(0, GROUP).load(CODES))
                 parts1 = parts0 if HALVED else _steps(codes.slice(GROUP, GROUP).load(CODES))
-            x_tile = x_ring.index(at * PARTS + step % PARTS).slice(0, M).permute((1, 0))
+            x_step = x_ring.index(at * PARTS + step % PARTS)
+            x_tile = x_step.slice(0, M).permute((1, 0))
             # left0 and left1 are handed through the waits, since the matrix unit reads them until then.
             left0 = _upcast(parts0[step % (box // STEP)], values[step // 2], step % 2, ORDER, LEFT)
             total0 = warpgroup_mma(left0, x_tile, total0, is_async=True)
-            total1, left1 = warpgroup_mma_wait(1, [total1, left1])
+            if MORE > 0:
+                x_more = x_step.slice(M, MORE).permute((1, 0))
+                more0 = warpgroup_mma(left0, x_more, more0, is_async=True)
+                total1, more1, left1 = warpgroup_mma_wait(PENDING, [total1, more1, left1])
+            else:
+                total1, left1 = warpgroup_mma_wait(PENDING, [total1, left1])
             if step % PARTS == 0:
                 mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
             if HALVED:
@@ -506,7 +594,11 @@ def _multiply(
                     parts1[step % (box // STEP)], values[(STEPS + 1) // 2 + step // 2], step % 2, ORDER, LEFT
                 )  # fmt: skip
             total1 = warpgroup_mma(left1, x_tile, total1, is_async=True)
-            total0, left0 = warpgroup_mma_wait(1, [total0, left0])
+            if MORE > 0:
+                more1 = warpgroup_mma(left1, x_more, more1, is_async=True)
+                total0, more0, left0 = warpgroup_mma_wait(PENDING, [total0, more0, left0])
+            else:
+                total0, left0 = warpgroup_mma_wait(PENDING, [total0, left0])
             if FIXED:
                 if (step + LAST) % (PARTS * STAGES) == PARTS * STAGES - 1:
                     phase ^= 1
@@ -515,9 +607,14 @@ def _multiply(
                 if stage >= STAGES:
                     stage -= STAGES
                     phase ^= 1
-    total1, left1 = warpgroup_mma_wait(0, [total1, left1])
+    if MORE > 0:
+        total1, more1, left1 = warpgroup_mma_wait(0, [total1, more1, left1])
+    else:
+        total1, left1 = warpgroup_mma_wait(0, [total1, left1])
+        more0 = total0
+        more1 = total1
     mbarrier.arrive(empty.index(STAGES - 1 if FIXED else _before(stage, STAGES, TURNS)), count=1)
-    return total0, total1, stage, phase
+    return total0, total1, more0, more1, stage, phase
 
 
 @gluon.jit
@@ -530,15 +627,22 @@ def _one_plus_exp(x):
 
 
 @gluon.jit
-def _with_bias(total, bias, row, rows, PERMUTED: gl.constexpr):
-    """total [rows of a tile, M] + what its rows have in bias [rows]; ``row``: the first one. PERMUTED: they are in
-    product order, 32 of them without the bit that they share."""
+def _rows(total, PERMUTED: gl.constexpr):
+    """Of total [rows of a tile, M] each row's number in the tile. PERMUTED: they are in product order, 32 of them
+    without the bit that they share."""
     position = gl.arange(0, total.shape[0], layout=gl.SliceLayout(1, total.type.layout))
     if PERMUTED and total.shape[0] == 32:
         position = in_product_order((position & -4) * 2 + position % 4)
     elif PERMUTED:
         position = in_product_order(position)
-    row += position
+    return position
+
+
+@gluon.jit
+def _with_bias(total, bias, row, rows, PERMUTED: gl.constexpr):
+    """total [rows of a tile, M] + what its rows have in bias [rows]; ``row``: the first one. PERMUTED: of
+    :func:`_rows`."""
+    row += _rows(total, PERMUTED)
     return total + gl.load(bias + gl.where(row < rows, row, 0)).to(gl.float32)[:, None]
 
 
@@ -625,7 +729,9 @@ def _finish(
             result = _mxfp8(result)
         else:
             result = result.to(gl.bfloat16).to(gl.float32) * HELD_TIMES
-        _store(out, result.to(gl.bfloat16), first, end, column, N)
+        if N % STEP != 0:
+            result = gl.where((column + _rows(result, True) < N)[:, None], result, 0.0)
+        _store(out, result.to(gl.bfloat16), first, end, column, whole_steps(N))
     else:
         if BIASED:
             bias += expert.to(gl.int64) * N
@@ -640,26 +746,27 @@ def _finish(
 @gluon.jit
 def _tile(
     ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
     LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
     GATHER: gl.constexpr,
 ):  # fmt: skip
-    """A tile of M slots; the next stage and phase."""
+    """A tile of M + MORE slots; the next stage and phase."""
     ROWS: gl.constexpr = 2 * N if GATE_UP else N
     HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
     ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
-    WHOLE: gl.constexpr = N % BLOCK_N == 0
-    WORD: gl.constexpr = gl.int64 if STEPS == 4 else gl.int32 if STEPS == 2 else gl.int16
-    WORDS: gl.constexpr = K // STEP // STEPS
-    scales = (w_scale + (expert.to(gl.int64) * ROWS + n) * (K // BLOCK)).to(gl.pointer_type(WORD), bitcast=True)
-    rows0 = _scale_rows(n, 0, GROUP, ROWS, WHOLE, ORDER, N if GATE_UP and HALVED else 0) * WORDS
+    WHOLE: gl.constexpr = N % max(BLOCK_N, STEP) == 0
+    SIZE: gl.constexpr = _piece_bytes(K, STEPS)
+    PIECE: gl.constexpr = gl.int64 if SIZE == 8 else gl.uint32 if SIZE == 4 else gl.uint16 if SIZE == 2 else gl.uint8
+    PIECES: gl.constexpr = K // BLOCK // SIZE
+    scales = (w_scale + (expert.to(gl.int64) * ROWS + n) * (K // BLOCK)).to(gl.pointer_type(PIECE), bitcast=True)
+    rows0 = _scale_rows(n, 0, GROUP, ROWS, WHOLE, ORDER, N if GATE_UP and HALVED else 0) * PIECES
     rows1 = rows0
     if not HALVED:
-        rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * WORDS
-    total0, total1, stage, phase = _multiply(
-        ring, scales + skipped, rows0, rows1, trips, stage, phase,
-        M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS, GATHER,
+        rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * PIECES
+    total0, total1, more0, more1, stage, phase = _multiply(
+        ring, scales, rows0, rows1, trips, skipped, stage, phase,
+        K, M, MORE, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS, GATHER,
     )  # fmt: skip
     if HALVED:
         total0 += total1
@@ -681,6 +788,9 @@ def _tile(
             mbarrier.arrive(received, count=1)
     if TURN == 0:
         _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
+        if MORE > 0:
+            first += M
+            _finish(more0, more1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
     return stage, phase
 
 
@@ -707,7 +817,7 @@ def _compute(
         first = (pair >> 32).to(gl.int32)
         n = _get(columns, stage) * BLOCK_N
         end = gl.load(offsets + expert + 1)
-        trips = steps // STEPS
+        trips = (steps + STEPS - 1) // STEPS
         skipped = 0
         if TURNS == 2:  # of an odd number of stages one more is the turn of whoever takes the first
             skipped = (number * trips + TURN) & 1
@@ -715,13 +825,19 @@ def _compute(
         if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
             stage, phase = _tile(
                 ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-                K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                K, N, BLOCK_M // 2, 0, BLOCK_N, GROUP,
+                COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, TURNS, TURN, GATHER,
+            )  # fmt: skip
+        elif BLOCK_M == 128 and end - first <= 96:
+            stage, phase = _tile(
+                ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
+                K, N, 64, 32, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 TURNS, TURN, GATHER,
             )  # fmt: skip
         else:
             stage, phase = _tile(
                 ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-                K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                K, N, BLOCK_M, 0, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 TURNS, TURN, GATHER,
             )  # fmt: skip
         number += 1
@@ -742,15 +858,14 @@ def warpgroup_gemm_kernel(
 
     counters [2, 2]: zeros, before and afterwards; a row for GATE_UP and one for not. COLUMNS: of a stage. TURNS: how
     many groups of warps take a tile's stages in turns.
-    x: a descriptor of rows [R, K] bf16, times HELD_TIMES, K in product order; GATHER: a pointer to such rows [T, K], of
-    which slot s reads routes[s] // TOPK; w: a descriptor of codes [E, 2, N, K] (GATE_UP) or
-    [E, 1, N, K], with w_scale [E, 2 N or N, K/32]; the rest as in :func:`.gemm.grouped_gemm_kernel`. GATE_UP: N of out
-    is in product order.
+    x: a descriptor of rows [R, K] bf16, times HELD_TIMES, K in product order, ``slots_of_a_copy`` at a time; GATHER: a
+    pointer to such rows [T, K], of which slot s reads routes[s] // TOPK; w: a descriptor of codes [E, 2, N, K]
+    (GATE_UP) or [E, 1, N, K], with w_scale [E, 2 N or N, K/32]; the rest as in :func:`.gemm.grouped_gemm_kernel`. Rows
+    in product order are of ``whole_steps`` columns, zeros where there is no other; GATE_UP: so are out's.
     """
     GROUP: gl.constexpr = 16 * gl.num_warps()
     HALVES: gl.constexpr = 2 if GATE_UP else 1
-    gl.static_assert(K % COLUMNS == 0, "stages are whole")
-    BYTES: gl.constexpr = (0 if GATHER else BLOCK_M * COLUMNS * 2) + HALVES * BLOCK_N * COLUMNS
+    gl.static_assert(K % BLOCK == 0, "of the last stage a part may be beyond K, where copies give zeros")
     x_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * (COLUMNS // STEP), BLOCK_M, STEP], x_layout)
     box: gl.constexpr = min(COLUMNS, BOX)
@@ -774,7 +889,7 @@ def warpgroup_gemm_kernel(
     exchange = ring
     if TURNS == 2:
         gl.static_assert(STAGES % 2 == 0, "a place in the ring is always the same group's")
-        gl.static_assert(K >= 2 * COLUMNS, "each group has a stage of each tile")
+        gl.static_assert(K > COLUMNS, "each group has a stage of each tile")
         products: gl.constexpr = 1 if HALVES * BLOCK_N == GROUP else 2
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
         exchange = (
@@ -788,7 +903,7 @@ def warpgroup_gemm_kernel(
         bias if BIASED else w_scale, out, routes, topk_weights if WEIGHTED else w_scale,
         weights_stride, alpha, beta, limit,
     )  # fmt: skip
-    steps = w.shape[3] // STEP
+    steps = (w.shape[3] + STEP - 1) // STEP
     if TURNS == 2:
         gl.warp_specialize(
             [
@@ -811,8 +926,8 @@ def warpgroup_gemm_kernel(
                 (
                     _load,
                     (
-                        x, w, w_scale, ring, work, tiles, counters, count,
-                        K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES, TURNS, False,
+                        x, w, w_scale, ring, work, tiles, offsets, counters, count,
+                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, TURNS, False,
                     ),
                 ),
             ],
@@ -835,8 +950,8 @@ def warpgroup_gemm_kernel(
                 (
                     _load,
                     (
-                        x, w, w_scale, ring, work, tiles, counters, count,
-                        K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES, 1, True,
+                        x, w, w_scale, ring, work, tiles, offsets, counters, count,
+                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, 1, True,
                     ),
                 ),
             ],
@@ -857,8 +972,8 @@ def warpgroup_gemm_kernel(
                 (
                     _load,
                     (
-                        x, w, w_scale, ring, work, tiles, counters, count,
-                        K, N, BLOCK_N, COLUMNS, HALVES, STAGES, BYTES, TURNS, False,
+                        x, w, w_scale, ring, work, tiles, offsets, counters, count,
+                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, TURNS, False,
                     ),
                 ),
             ],
