@@ -10,7 +10,7 @@ from . import reference
 from .dispatch import BackendStatus, Explanation, backends
 from .experts import Mxfp8Experts, SharedExpert
 from .layouts import LAYOUTS
-from .ops import dequantize_1x32, explain, fused_moe, preshuffle, quantize_1x32, warmup
+from .ops import dequantize_1x32, explain, fused_moe, preshuffle, quantize_1x32, quantize_preshuffle, warmup
 from .sharding import expert_parallel_map, tensor_parallel_range
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "fused_moe",
     "preshuffle",
     "quantize_1x32",
+    "quantize_preshuffle",
     "reference",
     "tensor_parallel_range",
     "warmup",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .backends import Backend
 
-__all__ = ["Call", "Dequantize", "FusedMoe", "Kind", "Preshuffle", "Quantize"]
+__all__ = ["Call", "Dequantize", "FusedMoe", "Kind", "Preshuffle", "Quantize", "QuantizePreshuffle"]
 
 ROUTING_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """dtypes of ``topk_weights`` and of the biases."""
@@ -356,8 +356,77 @@ class Dequantize(Call):
         self._same_device("data", data=self.data, scale=self.scale)
 
 
+class _IntoLayout(Call):
+    """What the ops that write a weight in a layout have in common, beside the fields that each of them has."""
+
+    layout: str
+    gate_up: bool
+    pad_to: int
+    out_weight: torch.Tensor | None
+    out_scale: torch.Tensor | None
+
+    @property
+    def source_shape(self) -> Sequence[int]:
+        """[E, R, C] of what is given (see ``layouts``)."""
+        raise NotImplementedError
+
+    @property
+    def arrangement(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    @cached_property
+    def weight_shape(self) -> tuple[int, int, int]:
+        """Of the result: [E, R, C], I rounded up."""
+        return padded_intermediate(self.source_shape, self.gate_up, self.pad_to)
+
+    @cached_property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the result."""
+        return self.arrangement.scale_shape(*self.weight_shape)
+
+    @property
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``out_weight`` and ``out_scale`` of a call that has them, as every call that reaches a backend does."""
+        assert self.out_weight is not None and self.out_scale is not None
+        return self.out_weight, self.out_scale
+
+    def _check_given_outputs(self, writes_out: bool) -> None:
+        if writes_out and self.out_weight is None and self.out_scale is None:
+            raise TypeError(f"{self.op}: out_weight and out_scale are None; they take tensors")
+
+    def _check_sizes(self, name: str, tensor: torch.Tensor) -> None:
+        """Of what is given: whole blocks, as many as both weights of an expert have."""
+        self._blocks(name, tensor)
+        _, rows, columns = self.source_shape
+        got = f"has shape {list(tensor.shape)}"
+        self._value(columns > 0, name, got, "no empty rows or columns")
+        self._value(rows > 0, name, got, "no empty rows or columns")
+        if self.gate_up:
+            takes = f"2I rows, I divisible by {BLOCK}, when gate_up is True"
+            self._value(rows % (2 * BLOCK) == 0, name, f"has {rows} rows", takes)
+        else:
+            self._value(rows % BLOCK == 0, name, f"has {rows} rows", f"H rows, H divisible by {BLOCK}")
+
+    def _check_fit(self, name: str, tensor: torch.Tensor, writes_out: bool) -> None:
+        """That the layout takes what is given, padded, and the outputs what comes of it."""
+        valid_pad = self.pad_to == 1 or (0 < self.pad_to <= MAX_PAD and self.pad_to % BLOCK == 0)
+        self._value(valid_pad, "pad_to", f"is {self.pad_to}", f"1 or a positive multiple of {BLOCK}, at most {MAX_PAD}")
+        _, rows, columns = self.weight_shape
+        reason = self.arrangement.why_not(rows, columns, self.gate_up)
+        if reason:
+            raise ValueError(f"{self.op}: {name} does not fit: {reason}; pad_to rounds the intermediate size up")
+        if writes_out:
+            out_weight = self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
+            out_scale = self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
+            self._shape("out_weight", out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
+            self._shape("out_scale", out_scale, self.scale_shape, "the layout's scale shape")
+            self._contiguous("out_weight", out_weight)
+            self._contiguous("out_scale", out_scale)
+            self._same_device(name, **{name: tensor, "out_weight": out_weight, "out_scale": out_scale})
+
+
 @dataclass(eq=False, repr=False)
-class Preshuffle(Call):
+class Preshuffle(_IntoLayout):
     """``preshuffle``: weight [E, R, C] and scale [E, R, C/32] in checkpoint order (see ``layouts`` for E, R, C)."""
 
     weight: torch.Tensor
@@ -375,66 +444,82 @@ class Preshuffle(Call):
         return self.weight.device
 
     @property
-    def arrangement(self) -> Layout:
-        return LAYOUTS[self.layout]
-
-    @cached_property
-    def weight_shape(self) -> tuple[int, int, int]:
-        """Of the result: [E, R, C], I rounded up."""
-        return padded_intermediate(self.weight.shape, self.gate_up, self.pad_to)
-
-    @cached_property
-    def scale_shape(self) -> tuple[int, ...]:
-        """Of the result."""
-        return self.arrangement.scale_shape(*self.weight_shape)
-
-    @property
-    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``out_weight`` and ``out_scale`` of a call that has them, as every call that reaches a backend does."""
-        assert self.out_weight is not None and self.out_scale is not None
-        return self.out_weight, self.out_scale
+    def source_shape(self) -> Sequence[int]:
+        return self.weight.shape
 
     def _check_kind(self, writes_out: bool) -> None:
-        if writes_out and self.out_weight is None and self.out_scale is None:
-            raise TypeError(f"{self.op}: out_weight and out_scale are None; they take tensors")
+        self._check_given_outputs(writes_out)
         self._dtype("weight", self.weight, (torch.float8_e4m3fn,))
         self._dtype("scale", self.scale, SCALE_DTYPES)
         self._one_of("layout", self.layout, LAYOUTS)
         self._rank("weight", self.weight, "E, 2I, H" if self.gate_up else "E, H, I")
-        self._blocks("weight", self.weight)
+        self._check_sizes("weight", self.weight)
         experts, rows, columns = self.weight.shape
-        got = f"has shape {list(self.weight.shape)}"
-        self._value(columns > 0, "weight", got, "no empty rows or columns")
-        self._value(rows > 0, "weight", got, "no empty rows or columns")
-        if self.gate_up:
-            takes = f"2I rows, I divisible by {BLOCK}, when gate_up is True"
-            self._value(rows % (2 * BLOCK) == 0, "weight", f"has {rows} rows", takes)
-        else:
-            self._value(rows % BLOCK == 0, "weight", f"has {rows} rows", f"H rows, H divisible by {BLOCK}")
         self._shape("scale", self.scale, (experts, rows, columns // BLOCK), "the shape of weight, C/32 for C")
         self._contiguous("weight", self.weight)
         self._contiguous("scale", self.scale)
         self._same_device("weight", weight=self.weight, scale=self.scale)
-        valid_pad = self.pad_to == 1 or (0 < self.pad_to <= MAX_PAD and self.pad_to % BLOCK == 0)
-        self._value(valid_pad, "pad_to", f"is {self.pad_to}", f"1 or a positive multiple of {BLOCK}, at most {MAX_PAD}")
-        _, rows, columns = self.weight_shape
-        reason = self.arrangement.why_not(rows, columns, self.gate_up)
-        if reason:
-            raise ValueError(f"{self.op}: weight does not fit: {reason}; pad_to rounds the intermediate size up")
-        if writes_out:
-            out_weight = self._dtype("out_weight", self.out_weight, (torch.float8_e4m3fn,))
-            out_scale = self._dtype("out_scale", self.out_scale, SCALE_DTYPES)
-            self._shape("out_weight", out_weight, self.weight_shape, "E, R, C, I rounded up to pad_to")
-            self._shape("out_scale", out_scale, self.scale_shape, "the layout's scale shape")
-            self._contiguous("out_weight", out_weight)
-            self._contiguous("out_scale", out_scale)
-            self._same_device("weight", weight=self.weight, out_weight=out_weight, out_scale=out_scale)
+        self._check_fit("weight", self.weight, writes_out)
 
     def _check_memory(self) -> None:
         if self.out_weight is not None:
             out_weight, out_scale = self.outputs
             self._not_overlapping("out_weight", out_weight, weight=self.weight, scale=self.scale)
             self._not_overlapping("out_scale", out_scale, weight=self.weight, scale=self.scale, out_weight=out_weight)
+
+
+@dataclass(eq=False, repr=False)
+class QuantizePreshuffle(_IntoLayout):
+    """``quantize_preshuffle``: x [E, R, C], rows in checkpoint order (see ``layouts``), or [E, 2, I, H], the halves
+    of the gate and up rows."""
+
+    x: torch.Tensor
+    layout: str
+    gate_up: bool
+    scale_rounding: str = "rceil"
+    pad_to: int = 1
+    out_weight: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+
+    op = "quantize_preshuffle"
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def source_shape(self) -> Sequence[int]:
+        if self.x.dim() == 3:
+            return self.x.shape
+        experts, halves, rows, columns = self.x.shape
+        return experts, halves * rows, columns
+
+    @property
+    def by_halves(self) -> torch.Tensor:
+        """x as [E, 2, I, H] if it holds gate and up rows, as [E, 1, H, I] if not. A view."""
+        return self.x if self.x.dim() == 4 else self.x.unflatten(1, (2 if self.gate_up else 1, -1))
+
+    def _check_kind(self, writes_out: bool) -> None:
+        self._check_given_outputs(writes_out)
+        self._dtype("x", self.x, HIGH_PRECISION_DTYPES)
+        self._one_of("scale_rounding", self.scale_rounding, SCALE_ROUNDINGS)
+        self._one_of("layout", self.layout, LAYOUTS)
+        if self.gate_up:
+            got, takes = f"has {self.x.dim()} dimensions", "3, [E, 2I, H], or 4, [E, 2, I, H]"
+            self._value(self.x.dim() in (3, 4), "x", got, takes)
+            if self.x.dim() == 4:
+                self._value(self.x.shape[1] == 2, "x", f"has shape {list(self.x.shape)}", "[E, 2, I, H]")
+        else:
+            self._rank("x", self.x, "E, H, I")
+        self._check_sizes("x", self.x)
+        self._strided("x", self.x)
+        self._check_fit("x", self.x, writes_out)
+
+    def _check_memory(self) -> None:
+        if self.out_weight is not None:
+            out_weight, out_scale = self.outputs
+            self._not_overlapping("out_weight", out_weight, x=self.x)
+            self._not_overlapping("out_scale", out_scale, x=self.x, out_weight=out_weight)
 
 
 @dataclass(eq=False, repr=False)

@@ -10,7 +10,7 @@ from functools import wraps
 
 import torch
 
-from .arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from .arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 from .backends import Backend, registered
 
 
@@ -177,6 +177,16 @@ def preshuffle(call: Preshuffle) -> tuple[torch.Tensor, torch.Tensor]:
         call.out_weight = call.weight.new_empty(call.weight_shape)
         call.out_scale = call.scale.new_empty(call.scale_shape, dtype=torch.uint8)
     select(call).preshuffle(call)
+    return call.outputs
+
+
+@_without_gradients
+def quantize_preshuffle(call: QuantizePreshuffle) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes the outputs of a checked call, allocated here if it has none."""
+    if call.out_weight is None:
+        call.out_weight = torch.empty(call.weight_shape, dtype=torch.float8_e4m3fn, device=call.device)
+        call.out_scale = torch.empty(call.scale_shape, dtype=torch.uint8, device=call.device)
+    select(call).quantize_preshuffle(call)
     return call.outputs
 
 

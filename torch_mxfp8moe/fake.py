@@ -3,7 +3,7 @@
 import torch
 
 from . import dispatch
-from .arguments import Dequantize, FusedMoe, Preshuffle, Quantize
+from .arguments import Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 
 
 def quantize_1x32(x, *, scale_rounding="rceil"):
@@ -27,6 +27,16 @@ def preshuffle(weight, scale, *, layout, gate_up, pad_to=1):
 
 def preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out_scale):
     Preshuffle(weight, scale, layout, gate_up, pad_to, out_weight, out_scale).check(writes_out=True)
+
+
+def quantize_preshuffle(x, *, scale_rounding="rceil", layout, gate_up, pad_to=1):
+    call = QuantizePreshuffle(x, layout, gate_up, scale_rounding, pad_to).check()
+    weight = x.new_empty(call.weight_shape, dtype=torch.float8_e4m3fn)
+    return weight, x.new_empty(call.scale_shape, dtype=torch.uint8)
+
+
+def quantize_preshuffle_out(x, *, scale_rounding="rceil", layout, gate_up, pad_to=1, out_weight, out_scale):
+    QuantizePreshuffle(x, layout, gate_up, scale_rounding, pad_to, out_weight, out_scale).check(writes_out=True)
 
 
 def fused_moe(*args, **kwargs):

@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from . import dispatch, fake
 from . import extension as extension  # loads the C++ kernels, if they are there
-from .arguments import Dequantize, FusedMoe, Preshuffle, Quantize
+from .arguments import Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 from .formats import as_bytes
 
 NAMESPACE = "mxfp8moe"
@@ -28,7 +28,9 @@ _FUSED_MOE_ARGUMENTS = (
     'str activation_dtype="mxfp8", str backend="auto"'
 )
 _QUANTIZE_ARGUMENTS = 'Tensor x, *, str scale_rounding="rceil"'
-_PRESHUFFLE_ARGUMENTS = "Tensor weight, Tensor scale, *, str layout, bool gate_up, int pad_to=1"
+_ARRANGEMENT = "str layout, bool gate_up, int pad_to=1"
+_PRESHUFFLE_ARGUMENTS = f"Tensor weight, Tensor scale, *, {_ARRANGEMENT}"
+_QUANTIZE_PRESHUFFLE_ARGUMENTS = f"{_QUANTIZE_ARGUMENTS}, {_ARRANGEMENT}"
 
 SCHEMAS = {
     "quantize_1x32": f"({_QUANTIZE_ARGUMENTS}) -> (Tensor data, Tensor scale)",
@@ -36,6 +38,8 @@ SCHEMAS = {
     "dequantize_1x32": "(Tensor data, Tensor scale, *, ScalarType dtype) -> Tensor",
     "preshuffle": f"({_PRESHUFFLE_ARGUMENTS}) -> (Tensor weight, Tensor scale)",
     "preshuffle.out": f"({_PRESHUFFLE_ARGUMENTS}, Tensor(a!) out_weight, Tensor(b!) out_scale) -> ()",
+    "quantize_preshuffle": f"({_QUANTIZE_PRESHUFFLE_ARGUMENTS}) -> (Tensor weight, Tensor scale)",
+    "quantize_preshuffle.out": f"({_QUANTIZE_PRESHUFFLE_ARGUMENTS}, Tensor(a!) out_weight, Tensor(b!) out_scale) -> ()",
     "fused_moe": f"({_FUSED_MOE_ARGUMENTS}, ScalarType? out_dtype=None) -> Tensor",
     "fused_moe.out": f"({_FUSED_MOE_ARGUMENTS}, Tensor(a!) out) -> ()",
 }
@@ -80,6 +84,16 @@ def _preshuffle_out(weight, scale, *, layout, gate_up, pad_to=1, out_weight, out
     increment_version((out_weight, out_scale))
 
 
+def _quantize_preshuffle(x, *, scale_rounding="rceil", layout, gate_up, pad_to=1):
+    return dispatch.quantize_preshuffle(QuantizePreshuffle(x, layout, gate_up, scale_rounding, pad_to).check_once())
+
+
+def _quantize_preshuffle_out(x, *, scale_rounding="rceil", layout, gate_up, pad_to=1, out_weight, out_scale):
+    call = QuantizePreshuffle(x, layout, gate_up, scale_rounding, pad_to, out_weight, out_scale)
+    dispatch.quantize_preshuffle(call.check_once(writes_out=True))
+    increment_version((out_weight, out_scale))
+
+
 def _fused_moe(*args, **kwargs):
     return dispatch.fused_moe(FusedMoe(*args, **kwargs).check_once())
 
@@ -112,6 +126,8 @@ _KERNELS = {
     "dequantize_1x32": (_dequantize_1x32, fake.dequantize_1x32),
     "preshuffle": (_preshuffle, fake.preshuffle),
     "preshuffle.out": (_preshuffle_out, fake.preshuffle_out),
+    "quantize_preshuffle": (_quantize_preshuffle, fake.quantize_preshuffle),
+    "quantize_preshuffle.out": (_quantize_preshuffle_out, fake.quantize_preshuffle_out),
     "fused_moe": (_fused_moe, fake.fused_moe),
     "fused_moe.out": (_fused_moe_out, fake.fused_moe_out),
 }
@@ -233,6 +249,42 @@ def preshuffle(
         weight, scale, layout=layout, gate_up=gate_up, pad_to=pad_to, out_weight=out_weight,
         out_scale=as_bytes(out_scale),
     )  # fmt: skip
+    return out
+
+
+def quantize_preshuffle(
+    x: torch.Tensor,
+    scale_rounding: str = "rceil",
+    *,
+    layout: str,
+    gate_up: bool,
+    pad_to: int = 1,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise expert weights straight into the layout that a backend reads: the bytes of :func:`preshuffle` of
+    :func:`quantize_1x32`, in one pass on a GPU.
+
+    Args:
+        x: bf16, fp16 or fp32, dimensions and sizes those of :func:`preshuffle`'s weight; last stride 1, any other
+            strides. If ``gate_up`` also [E, 2, I, H], the gate rows and the up rows, which may so be a view of rows that
+            take turns.
+        scale_rounding: as :func:`quantize_1x32` takes it.
+        layout, gate_up, pad_to: as :func:`preshuffle` takes them.
+        out: write to these two tensors, (weight, scale), instead of new ones. They share no memory with x or with each
+            other; the scale may be ``float8_e8m0fnu``.
+
+    Returns:
+        weight and scale as :func:`preshuffle` returns them. These are ``out`` if it was given.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or the sizes do not fit the layout; ``out`` is as it was.
+        RuntimeError: x or ``out`` requires a gradient and grad mode is on.
+    """
+    options = dict(scale_rounding=scale_rounding, layout=layout, gate_up=gate_up, pad_to=pad_to)
+    if out is None:
+        return torch.ops.mxfp8moe.quantize_preshuffle(x, **options)
+    out_weight, out_scale = _pair("quantize_preshuffle", out, "weight, scale")
+    torch.ops.mxfp8moe.quantize_preshuffle.out(x, **options, out_weight=out_weight, out_scale=as_bytes(out_scale))
     return out
 
 

@@ -5,7 +5,16 @@ import torch
 from .formats import BLOCK, E4M3_MAX, E4M3_NAN, RCEIL_SLACK, SCALE_NAN, as_bytes, rounded_to_fp32
 from .layouts import LAYOUTS, pad_intermediate
 
-__all__ = ["dequantize_1x32", "fused_moe", "local_experts", "preshuffle", "quantize_1x32", "scale_bytes", "swiglu"]
+__all__ = [
+    "dequantize_1x32",
+    "fused_moe",
+    "local_experts",
+    "preshuffle",
+    "quantize_1x32",
+    "quantize_preshuffle",
+    "scale_bytes",
+    "swiglu",
+]
 
 
 def scale_bytes(amax: torch.Tensor, scale_rounding: str) -> torch.Tensor:
@@ -68,6 +77,16 @@ def preshuffle(
     padded = pad_intermediate(weight, scale, gate_up, pad_to)
     weight, scale = LAYOUTS[layout].arrange(*padded, gate_up)
     return weight.clone(), scale.clone()
+
+
+@torch.no_grad()
+def quantize_preshuffle(
+    x: torch.Tensor, scale_rounding: str = "rceil", *, layout: str, gate_up: bool, pad_to: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [E, R, C], or [E, 2, I, H] if ``gate_up``, bf16, fp16 or fp32 -> :func:`preshuffle` of what
+    :func:`quantize_1x32` makes of it."""
+    rows = x.flatten(1, 2) if x.dim() == 4 else x
+    return preshuffle(*quantize_1x32(rows, scale_rounding), layout=layout, gate_up=gate_up, pad_to=pad_to)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, alpha: float, beta: float, limit: float | None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from ..arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from ..arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 
 __all__ = ["Backend", "registered"]
 
@@ -43,6 +43,10 @@ class Backend:
         raise NotImplementedError
 
     def preshuffle(self, call: Preshuffle) -> None:
+        """Writes ``call.out_weight`` and ``call.out_scale``."""
+        raise NotImplementedError
+
+    def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
         """Writes ``call.out_weight`` and ``call.out_scale``."""
         raise NotImplementedError
 

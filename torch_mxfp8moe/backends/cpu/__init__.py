@@ -1,8 +1,8 @@
 """The C++ kernels of ``csrc/cpu``.
 
 CPU tensors reach them straight from PyTorch's dispatcher, without Python, and come to Python only with arguments that
-the C++ kernel does not take, for the error message or another backend. What is served from here is ``preshuffle``,
-whose permutations :mod:`torch_mxfp8moe.layouts` holds.
+the C++ kernel does not take, for the error message or another backend. What is served from here is ``preshuffle`` and
+``quantize_preshuffle``, whose permutations :mod:`torch_mxfp8moe.layouts` holds.
 """
 
 import math
@@ -10,7 +10,7 @@ import math
 import torch
 
 from ... import extension
-from ...arguments import Call, FusedMoe, Preshuffle
+from ...arguments import Call, FusedMoe, Preshuffle, QuantizePreshuffle
 from ...formats import SCALE_ONE, as_bytes
 from ...layouts import Permutation
 from .. import Backend
@@ -32,6 +32,19 @@ def _scatter(source: torch.Tensor, permutation: Permutation, shape: tuple[int, i
     torch.ops.mxfp8moe._scatter_rows(source.view(-1, source_columns), rows.reshape(-1), columns, out)
 
 
+def _arrange(weight: torch.Tensor, scale: torch.Tensor, call: Preshuffle | QuantizePreshuffle) -> None:
+    """weight [E, R, C] and scale [E, R, C/32], bytes in checkpoint order -> the outputs of ``call``."""
+    layout, shape, gate_up = call.arrangement, call.weight_shape, call.gate_up
+    scale_shape = (*shape[:2], layout.padded_scale_columns(shape[2]))
+    out_weight, out_scale = (out.view(torch.uint8) for out in call.outputs)
+    if out_weight.numel() != weight.numel():
+        out_weight.zero_()
+    if out_scale.numel() != scale.numel():
+        out_scale.fill_(SCALE_ONE)
+    _scatter(weight, layout.weight[gate_up], shape, gate_up, out_weight)
+    _scatter(scale, layout.scale[gate_up], scale_shape, gate_up, out_scale)
+
+
 class Cpu(Backend):
     name = "cpu"
     priority = 100
@@ -50,16 +63,11 @@ class Cpu(Backend):
         return None
 
     def preshuffle(self, call: Preshuffle) -> None:
-        layout, shape, gate_up = call.arrangement, call.weight_shape, call.gate_up
-        scale_shape = (*shape[:2], layout.padded_scale_columns(shape[2]))
-        weight, scale = call.weight.view(torch.uint8), as_bytes(call.scale)
-        out_weight, out_scale = (out.view(torch.uint8) for out in call.outputs)
-        if out_weight.numel() != weight.numel():
-            out_weight.zero_()
-        if out_scale.numel() != scale.numel():
-            out_scale.fill_(SCALE_ONE)
-        _scatter(weight, layout.weight[gate_up], shape, gate_up, out_weight)
-        _scatter(scale, layout.scale[gate_up], scale_shape, gate_up, out_scale)
+        _arrange(call.weight.view(torch.uint8), as_bytes(call.scale), call)
+
+    def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
+        data, scale = torch.ops.mxfp8moe.quantize_1x32(call.by_halves, scale_rounding=call.scale_rounding)
+        _arrange(data.view(torch.uint8).flatten(1, 2), scale.flatten(1, 2), call)
 
     def _reached_from_python(self, call: Call):
         raise RuntimeError(

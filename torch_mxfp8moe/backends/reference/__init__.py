@@ -1,8 +1,17 @@
 """The plain-PyTorch definition as a backend: every call, every device, slow."""
 
+import torch
+
 from ... import reference
-from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 from .. import Backend
+
+
+def _copy(values: tuple[torch.Tensor, torch.Tensor], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Data and scale bytes -> where a call wants them."""
+    (data, scale), (out_data, out_scale) = values, outputs
+    out_data.copy_(data)
+    out_scale.view(scale.dtype).copy_(scale)
 
 
 class Reference(Backend):
@@ -17,21 +26,18 @@ class Reference(Backend):
         return None
 
     def quantize_1x32(self, call: Quantize) -> None:
-        data, scale = reference.quantize_1x32(call.x, call.scale_rounding)
-        out_data, out_scale = call.outputs
-        out_data.copy_(data)
-        out_scale.view(scale.dtype).copy_(scale)
+        _copy(reference.quantize_1x32(call.x, call.scale_rounding), call.outputs)
 
     def dequantize_1x32(self, call: Dequantize):
         return reference.dequantize_1x32(call.data, call.scale, call.dtype)
 
     def preshuffle(self, call: Preshuffle) -> None:
-        weight, scale = reference.preshuffle(
-            call.weight, call.scale, layout=call.layout, gate_up=call.gate_up, pad_to=call.pad_to
-        )
-        out_weight, out_scale = call.outputs
-        out_weight.copy_(weight)
-        out_scale.view(scale.dtype).copy_(scale)
+        options = dict(layout=call.layout, gate_up=call.gate_up, pad_to=call.pad_to)
+        _copy(reference.preshuffle(call.weight, call.scale, **options), call.outputs)
+
+    def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
+        options = dict(layout=call.layout, gate_up=call.gate_up, pad_to=call.pad_to)
+        _copy(reference.quantize_preshuffle(call.x, call.scale_rounding, **options), call.outputs)
 
     def fused_moe(self, call: FusedMoe) -> None:
         result = reference.fused_moe(

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize
+from ...arguments import Call, Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 from ...formats import as_bytes
 from .. import Backend
 from .targets import INTERPRETED, Target, target_of
@@ -60,9 +60,9 @@ class Triton(Backend):
             reason = self.target(call.device).why_not
             if reason:
                 return reason
-        if isinstance(call, (FusedMoe, Preshuffle)):
-            weights = (call.w1, call.w2) if isinstance(call, FusedMoe) else (call.weight,)
-            largest = max(weight.shape[1] * weight.shape[2] for weight in weights)
+        if isinstance(call, (FusedMoe, Preshuffle, QuantizePreshuffle)):
+            shapes = (call.w1.shape, call.w2.shape) if isinstance(call, FusedMoe) else (call.weight_shape,)
+            largest = max(rows * columns for _, rows, columns in shapes)
             if largest >= LARGEST_EXPERT:
                 return f"a weight has {largest} elements an expert; it takes fewer than {LARGEST_EXPERT}"
         return None
@@ -100,6 +100,14 @@ class Triton(Backend):
             out_weight, out_scale = call.outputs
             memory = dict(weight=call.weight, scale=call.scale, out_weight=out_weight, out_scale=out_scale)
             self._run(call, memory, lambda _: preshuffle(call))
+
+    def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
+        from .preshuffle import quantize_preshuffle
+
+        if call.x.numel():
+            out_weight, out_scale = call.outputs
+            memory = dict(x=call.x, out_weight=out_weight, out_scale=out_scale)
+            self._run(call, memory, lambda _: quantize_preshuffle(call))
 
     def fused_moe(self, call: FusedMoe) -> None:
         from .fused_moe import plan
