@@ -7,6 +7,7 @@ intermediate size (of this rank, under tensor parallelism), T tokens, K experts 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .backends import registered
 from .dispatch import explain_call, known_backend
 from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES
 from .layouts import LAYOUTS, ROW_MAJOR, padded_intermediate
-from .ops import fused_moe, preshuffle, quantize_1x32
+from .ops import fused_moe, preshuffle, quantize_preshuffle
 from .sharding import check_rank, expert_parallel_map, tensor_parallel_range
 
 GATE_UP_ORDERS = ("concatenated", "interleaved")
@@ -65,13 +66,13 @@ def _as_slice(indices: list[int]) -> slice | None:
     return None
 
 
-def _arranged(weight: Tensor, scale: Tensor, layout: str, gate_up: bool) -> tuple[Tensor, Tensor]:
-    """Row-major weight [E, R, C] and scale -> both in ``layout``, I rounded up to what that takes."""
-    return preshuffle(weight, scale, layout=layout, gate_up=gate_up, pad_to=LAYOUTS[layout].intermediate_multiple)
+def _arrangement(layout: str, gate_up: bool) -> dict[str, Any]:
+    """The options by which an op brings a row-major weight into ``layout``, I rounded up to what that takes."""
+    return dict(layout=layout, gate_up=gate_up, pad_to=LAYOUTS[layout].intermediate_multiple)
 
 
 def _restored(weight: Tensor, scale: Tensor, layout: str, gate_up: bool, intermediate: int) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`_arranged`: contiguous, row-major, without padding."""
+    """The inverse of ``preshuffle`` by an :func:`_arrangement`: contiguous, row-major, without padding."""
     weight, scale = LAYOUTS[layout].restore(weight, scale, gate_up)
     weight = weight.view(torch.uint8)
     if gate_up:
@@ -336,7 +337,7 @@ class Mxfp8Experts(nn.Module):
     @torch.no_grad()
     def _relaid(self, weight: Tensor, scale: Tensor, old: str, new: str, gate_up: bool) -> tuple[Tensor, Tensor]:
         restored = _restored(weight, scale, old, gate_up, self.local_intermediate_size)
-        return restored if new == ROW_MAJOR.name else _arranged(*restored, new, gate_up)
+        return restored if new == ROW_MAJOR.name else preshuffle(*restored, **_arrangement(new, gate_up))
 
     @torch.no_grad()
     def _repadded(self, w1_bias: Tensor, layout: str) -> Tensor:
@@ -433,7 +434,7 @@ class Mxfp8Experts(nn.Module):
         """Write new weights into the buffers, whose storage stays: captured graphs compute with the new ones.
 
         Takes what :meth:`from_weights` takes, on any device; what is not given stays. Vectorised over experts: one
-        pass over the weights (MXFP8), or one to quantise and one to write. Queued on the current stream: the host does
+        pass over the weights. Queued on the current stream: the host does
         not wait, but where there is an ``expert_map``, which it reads. So what is given stays as it is until the
         stream has passed, tensors in pinned memory too.
 
@@ -546,53 +547,36 @@ class Mxfp8Experts(nn.Module):
 
     def _write_weight(self, name: str, data: Tensor, scale: Tensor | None, rows, slots, scale_rounding, new_on) -> None:
         gate_up, device = _WEIGHTS[name], new_on or self.get_buffer(name).device
+        arrangement = _arrangement(self.layout, gate_up)
         data = _rows(data, rows).to(device, non_blocking=True)
-        row_major = self.layout == ROW_MAJOR.name
         if scale is None:
             data = data if data.stride(-1) == 1 else data.contiguous()
-            if row_major and isinstance(slots, slice) and not new_on:
-                weight, scales = (x[slots].unflatten(1, (2, -1)) if gate_up else x[slots] for x in self._pair(name))
-                quantize_1x32(data, scale_rounding, out=(weight, scales))
-                return
-            data, scale = quantize_1x32(data, scale_rounding)
-            data = data.view(torch.uint8)
+            arrange = partial(quantize_preshuffle, data, scale_rounding, **arrangement)
         else:
             scale = _rows(scale, rows).to(device, non_blocking=True)
-        shape, scale_name = self._shape(self.layout, gate_up), f"{name}_scale"
-        if not row_major or new_on:
+            if self.layout == ROW_MAJOR.name and not new_on:
+                for out, values in zip(self._pair(name), (data, scale)):
+                    out = out.view(torch.uint8)
+                    _put(out.unflatten(1, (2, -1)) if gate_up else out, slots, values)
+                return
             # As checkpoints hold them; views where they lie so.
             data, scale = (_contiguous(x).flatten(1, 2) if gate_up else _contiguous(x) for x in (data, scale))
-        if new_on:
-            if row_major:  # memory of their own, not a part of something larger
+            if self.layout == ROW_MAJOR.name:  # memory of their own, not a part of something larger
                 data, scale = (x if x.nbytes == x.untyped_storage().nbytes() else x.clone() for x in (data, scale))
-                self._buffers[name], self._buffers[scale_name] = data.view(E4M3), scale
-            else:
-                self._buffers[name], self._buffers[scale_name] = _arranged(
-                    data.view(E4M3), scale, self.layout, gate_up
-                )
+                self._buffers[name], self._buffers[f"{name}_scale"] = data.view(E4M3), scale
+                return
+            arrange = partial(preshuffle, data.view(E4M3), scale, **arrangement)
+        if new_on:
+            self._buffers[name], self._buffers[f"{name}_scale"] = arrange()
             return
         weight, scales = self._pair(name)
-        weight = weight.view(torch.uint8)
-        if row_major:
-            if gate_up:
-                weight, scales = (x.unflatten(1, (2, -1)) for x in (weight, scales))
-            _put(weight, slots, data)
-            _put(scales, slots, scale)
-            return
-        scales = scales.view(shape[0], -1)
+        scales = scales.view(weight.shape[0], -1)
         if isinstance(slots, slice):
             weight, scales = weight[slots], scales[slots]
-            preshuffle(
-                data.view(E4M3),
-                scale,
-                layout=self.layout,
-                gate_up=gate_up,
-                pad_to=LAYOUTS[self.layout].intermediate_multiple,
-                out=(weight.view(E4M3), scales.view(LAYOUTS[self.layout].scale_shape(data.shape[0], *shape[1:]))),
-            )
+            arrange(out=(weight, scales.view(LAYOUTS[self.layout].scale_shape(*weight.shape))))
             return
-        data, scale = _arranged(data.view(E4M3), scale, self.layout, gate_up)
-        _put(weight, slots, data.view(torch.uint8))
+        data, scale = arrange()
+        _put(weight.view(torch.uint8), slots, data.view(torch.uint8))
         _put(scales, slots, scale.view(data.shape[0], -1))
 
     def _write_bias(self, name: str, bias: Tensor, rows, slots, new_on: torch.device | None) -> None:

@@ -12,7 +12,7 @@ import torch
 from ... import extension
 from ...arguments import Call, FusedMoe, Preshuffle, QuantizePreshuffle
 from ...formats import SCALE_ONE, as_bytes
-from ...layouts import Permutation
+from ...layouts import ROW_MAJOR, Permutation
 from .. import Backend
 
 
@@ -66,7 +66,12 @@ class Cpu(Backend):
         _arrange(call.weight.view(torch.uint8), as_bytes(call.scale), call)
 
     def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
-        data, scale = torch.ops.mxfp8moe.quantize_1x32(call.by_halves, scale_rounding=call.scale_rounding)
+        x, options = call.by_halves, dict(scale_rounding=call.scale_rounding)
+        if call.arrangement is ROW_MAJOR and call.weight_shape == tuple(call.source_shape):
+            out_data, out_scale = (out.unflatten(1, x.shape[1:3]) for out in call.outputs)
+            torch.ops.mxfp8moe.quantize_1x32.out(x, **options, out_data=out_data, out_scale=out_scale)
+            return
+        data, scale = torch.ops.mxfp8moe.quantize_1x32(x, **options)
         _arrange(data.view(torch.uint8).flatten(1, 2), scale.flatten(1, 2), call)
 
     def _reached_from_python(self, call: Call):
