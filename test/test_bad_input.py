@@ -21,6 +21,7 @@ def valid() -> dict[str, tuple[Callable, dict]]:
     data, scale = torch_mxfp8moe.quantize_1x32(randn(4, 64))
     shuffle = dict(weight=moe["w1"], scale=moe["w1_scale"], layout="row_major", gate_up=True)
     outputs = dict(out_weight=torch.empty_like(moe["w1"]), out_scale=torch.empty_like(moe["w1_scale"]))
+    rows = dict(x=randn(3, 64, 64), layout="row_major", gate_up=True)
     return {
         "quantize_1x32": (OPS.quantize_1x32, dict(x=randn(4, 64))),
         "quantize_1x32.out": (
@@ -30,6 +31,8 @@ def valid() -> dict[str, tuple[Callable, dict]]:
         "dequantize_1x32": (OPS.dequantize_1x32, dict(data=data, scale=scale, dtype=torch.float32)),
         "preshuffle": (OPS.preshuffle, shuffle),
         "preshuffle.out": (OPS.preshuffle.out, shuffle | outputs),
+        "quantize_preshuffle": (OPS.quantize_preshuffle, rows),
+        "quantize_preshuffle.out": (OPS.quantize_preshuffle.out, rows | outputs),
         "fused_moe": (OPS.fused_moe, moe),
         "fused_moe.out": (OPS.fused_moe.out, moe | dict(out=torch.zeros(4, 64))),
     }
@@ -333,6 +336,99 @@ preshuffle: out_weight shares memory with weight; it takes memory of its own, si
 preshuffle: out_scale shares memory with scale; it takes memory of its own, since inputs are read while it is written
 preshuffle: out_scale shares memory with weight; it takes memory of its own, since inputs are read while it is written
 preshuffle: out_scale shares memory with out_weight; it takes memory of its own, since inputs are read while it is written""",
+    )
+
+
+def test_quantize_preshuffle():
+    x = argument("quantize_preshuffle", "x")
+    assert_expected_inline(
+        messages(
+            "quantize_preshuffle",
+            *wrong_dtypes("quantize_preshuffle", "x", torch.float64, E4M3),
+            dict(x=None),
+            dict(scale_rounding="RCEIL"),
+            dict(layout="aiter"),
+            dict(x=x[0]),
+            dict(x=x[None, None]),
+            dict(x=x[0], gate_up=False),
+            dict(x=x.unflatten(1, (2, 32)), gate_up=False),
+            dict(x=x.unflatten(1, (1, 64))),
+            dict(x=x.unflatten(1, (32, 2))),
+            dict(x=x[:, :, :48]),
+            dict(x=x[:, :, :0]),
+            dict(x=x[:, :0]),
+            dict(x=x[:, :32]),
+            dict(x=x.unflatten(1, (2, 32))[:, :, :16]),
+            dict(x=x[:, :48], gate_up=False),
+            dict(x=every_second_column(x)),
+            dict(x=x.to_sparse()),
+            dict(pad_to=33),
+            dict(layout="aiter_gfx950", pad_to=128),
+        ),
+        """\
+quantize_preshuffle: x has dtype float64; it takes bfloat16, float16 or float32
+quantize_preshuffle: x has dtype float8_e4m3fn; it takes bfloat16, float16 or float32
+quantize_preshuffle: x is None; it takes a tensor of bfloat16, float16 or float32
+quantize_preshuffle: scale_rounding is 'RCEIL'; it takes 'rceil', 'floor', 'ceil' or 'even'
+quantize_preshuffle: layout is 'aiter'; it takes 'row_major' or 'aiter_gfx950'
+quantize_preshuffle: x has 2 dimensions; it takes 3, [E, 2I, H], or 4, [E, 2, I, H]
+quantize_preshuffle: x has 5 dimensions; it takes 3, [E, 2I, H], or 4, [E, 2, I, H]
+quantize_preshuffle: x has 2 dimensions; it takes 3, [E, H, I]
+quantize_preshuffle: x has 4 dimensions; it takes 3, [E, H, I]
+quantize_preshuffle: x has shape [3, 1, 64, 64]; it takes [E, 2, I, H]
+quantize_preshuffle: x has shape [3, 32, 2, 64]; it takes [E, 2, I, H]
+quantize_preshuffle: x has 48 columns; it takes a last dimension divisible by 32
+quantize_preshuffle: x has shape [3, 64, 0]; it takes no empty rows or columns
+quantize_preshuffle: x has shape [3, 0, 64]; it takes no empty rows or columns
+quantize_preshuffle: x has 32 rows; it takes 2I rows, I divisible by 32, when gate_up is True
+quantize_preshuffle: x has 32 rows; it takes 2I rows, I divisible by 32, when gate_up is True
+quantize_preshuffle: x has 48 rows; it takes H rows, H divisible by 32
+quantize_preshuffle: x has strides [8192, 128, 2]; it takes a last stride of 1 (call .contiguous())
+quantize_preshuffle: x has layout torch.sparse_coo; it takes torch.strided
+quantize_preshuffle: pad_to is 33; it takes 1 or a positive multiple of 32, at most 65536
+quantize_preshuffle: x does not fit: layout 'aiter_gfx950' takes hidden sizes divisible by 256, not 64; pad_to rounds the intermediate size up""",
+    )
+
+
+def test_quantize_preshuffle_out():
+    name = "quantize_preshuffle.out"
+    x, out_weight, out_scale = (argument(name, key) for key in ("x", "out_weight", "out_scale"))
+    assert_expected_inline(
+        messages(
+            name,
+            *wrong_dtypes(name, "out_weight", torch.uint8, torch.bfloat16),
+            *wrong_dtypes(name, "out_scale", torch.int8),
+            dict(out_weight=None),
+            dict(out_scale=None),
+            dict(out_weight=None, out_scale=None),
+            dict(out_weight=out_weight[:2]),
+            dict(out_scale=out_scale.flatten(0, 1)),
+            dict(pad_to=128),
+            dict(out_weight=padded_rows(out_weight)),
+            dict(out_scale=padded_rows(out_scale)),
+            dict(out_weight=out_weight.to("meta")),
+            dict(out_scale=out_scale.to("meta")),
+            dict(out_weight=x.view(torch.uint8).flatten()[-out_weight.numel() :].view(out_weight.shape).view(E4M3)),
+            dict(out_scale=x.view(torch.uint8).flatten()[: out_scale.numel()].view(out_scale.shape)),
+            dict(out_scale=out_weight.view(torch.uint8).flatten()[: out_scale.numel()].view(out_scale.shape)),
+        ),
+        """\
+quantize_preshuffle: out_weight has dtype uint8; it takes float8_e4m3fn
+quantize_preshuffle: out_weight has dtype bfloat16; it takes float8_e4m3fn
+quantize_preshuffle: out_scale has dtype int8; it takes uint8 or float8_e8m0fnu
+quantize_preshuffle: out_weight is None; it takes a tensor of float8_e4m3fn
+quantize_preshuffle: out_scale is None; it takes a tensor of uint8 or float8_e8m0fnu
+quantize_preshuffle: out_weight and out_scale are None; they take tensors
+quantize_preshuffle: out_weight has shape [2, 64, 64]; it takes [3, 64, 64] (E, R, C, I rounded up to pad_to)
+quantize_preshuffle: out_scale has 2 dimensions; it takes [3, 64, 2] (the layout's scale shape)
+quantize_preshuffle: out_weight has shape [3, 64, 64]; it takes [3, 256, 64] (E, R, C, I rounded up to pad_to)
+quantize_preshuffle: out_weight has strides [8192, 128, 1]; it takes contiguous memory
+quantize_preshuffle: out_scale has strides [256, 4, 1]; it takes contiguous memory
+quantize_preshuffle: out_weight is on meta; it takes the device of x, cpu
+quantize_preshuffle: out_scale is on meta; it takes the device of x, cpu
+quantize_preshuffle: out_weight shares memory with x; it takes memory of its own, since inputs are read while it is written
+quantize_preshuffle: out_scale shares memory with x; it takes memory of its own, since inputs are read while it is written
+quantize_preshuffle: out_scale shares memory with out_weight; it takes memory of its own, since inputs are read while it is written""",
     )
 
 
@@ -720,6 +816,8 @@ def test_typed_entry_points():
         error_of(lambda: torch_mxfp8moe.preshuffle(inputs["w1"], None, **shuffle)),
         error_of(lambda: torch_mxfp8moe.preshuffle(inputs["w1"], inputs["w1_scale"], **shuffle, out=inputs["w1"])),
         error_of(lambda: torch_mxfp8moe.preshuffle(inputs["w1"], inputs["w1_scale"], **shuffle, out=(inputs["w1"],))),
+        error_of(lambda: torch_mxfp8moe.quantize_preshuffle(None, **shuffle)),
+        error_of(lambda: torch_mxfp8moe.quantize_preshuffle(randn(3, 64, 64), **shuffle, out=inputs["w1"])),
         error_of(lambda: torch_mxfp8moe.fused_moe(**inputs | dict(w1_scale=None))),
         error_of(lambda: torch_mxfp8moe.fused_moe(**inputs, out=torch.empty(4, 64), out_dtype=torch.float16)),
     ]
@@ -733,6 +831,8 @@ dequantize_1x32: scale is None; it takes a tensor of uint8 or float8_e8m0fnu
 preshuffle: scale is None; it takes a tensor of uint8 or float8_e8m0fnu
 preshuffle: out is a Tensor; it takes two tensors, (weight, scale)
 preshuffle: out is a tuple; it takes two tensors, (weight, scale)
+quantize_preshuffle: x is None; it takes a tensor of bfloat16, float16 or float32
+quantize_preshuffle: out is a Tensor; it takes two tensors, (weight, scale)
 fused_moe: w1_scale is None; it takes a tensor of uint8 or float8_e8m0fnu
 fused_moe: out_dtype is torch.float16; it takes None or that of out, torch.float32""",
     )
@@ -770,6 +870,10 @@ def test_out_is_as_it_was_after_an_error(backend):
     for wrong in (dict(pad_to=33), dict(scale=arguments["scale"][:2]), dict(pad_to=128), dict(layout="x")):
         error_of(lambda: op(**arguments | named | wrong))
         assert all((x == 5).all() for x in outputs)
+    op, arguments = CALLS["quantize_preshuffle.out"]
+    for wrong in (dict(pad_to=33), dict(x=arguments["x"][:2]), dict(pad_to=128), dict(scale_rounding="x")):
+        error_of(lambda: op(**arguments | named | wrong))
+        assert all((x == 5).all() for x in outputs)
 
 
 def test_the_fake_kernels_raise_the_same():
@@ -783,6 +887,10 @@ def test_the_fake_kernels_raise_the_same():
         "dequantize_1x32": [dict(scale=torch.zeros(4, 3).byte()), dict(dtype=torch.float64)],
         "preshuffle": [dict(pad_to=33), dict(layout="aiter_gfx950"), dict(scale=torch.zeros(3, 64, 1).byte())],
         "preshuffle.out": [
+            dict(out_scale=torch.zeros(3, 64, 1).byte()), dict(pad_to=64), dict(out_weight=None, out_scale=None),
+        ],
+        "quantize_preshuffle": [dict(pad_to=33), dict(scale_rounding="up"), dict(x=torch.zeros(3, 4, 16, 64))],
+        "quantize_preshuffle.out": [
             dict(out_scale=torch.zeros(3, 64, 1).byte()), dict(pad_to=64), dict(out_weight=None, out_scale=None),
         ],
         "fused_moe": [
@@ -874,12 +982,16 @@ def random_call(rng: random.Random) -> tuple[str, Callable, dict]:
     else:
         gate_up = rng.random() < 0.5
         shape = (2 * I, H) if gate_up else (H, I)
-        weight, scale = torch_mxfp8moe.quantize_1x32(randn(rng.randint(1, 3), *shape, seed=seed))
-        arguments = dict(weight=weight, scale=scale, layout="row_major", gate_up=gate_up)
+        x = randn(rng.randint(1, 3), *shape, seed=seed)
+        arguments = dict(layout="row_major", gate_up=gate_up)
         if rng.random() < 0.5:
             arguments["pad_to"] = 32 * rng.randint(1, 4)
+        if name.startswith("quantize"):
+            arguments["x"] = x.to(rng.choice(ALLOWED["x"]))
+        else:
+            arguments["weight"], arguments["scale"] = torch_mxfp8moe.quantize_1x32(x)
         if name.endswith("out"):
-            shuffled = torch_mxfp8moe.preshuffle(**arguments)
+            shuffled = getattr(torch_mxfp8moe, name.removesuffix(".out"))(**arguments)
             arguments |= dict(out_weight=shuffled[0].clone(), out_scale=shuffled[1].clone())
     return name, op, arguments
 
