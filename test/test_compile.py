@@ -149,6 +149,31 @@ call_function mxfp8moe.preshuffle.out""",
     )
 
 
+def test_nodes_of_quantize_preshuffle():
+    """Of rows that take turns, as the module gives them to it."""
+
+    def function(x):
+        halves = x.unflatten(1, (-1, 2)).transpose(1, 2)
+        options = dict(layout="aiter_gfx950", gate_up=True, pad_to=128)
+        weight, scale = torch_mxfp8moe.quantize_preshuffle(halves, **options)
+        out = torch.empty_like(weight), torch.empty_like(scale)
+        torch_mxfp8moe.quantize_preshuffle(halves, "ceil", **options, out=out)
+        return weight, scale, *out
+
+    assert_expected_inline(
+        captured(function, randn(2, 192, 256, dtype=torch.bfloat16)),
+        """\
+call_method unflatten
+call_method transpose
+call_function mxfp8moe.quantize_preshuffle
+call_function <built-in function getitem>
+call_function <built-in function getitem>
+call_function <built-in method empty_like>
+call_function <built-in method empty_like>
+call_function mxfp8moe.quantize_preshuffle.out""",
+    )
+
+
 def test_nodes_of_fused_moe():
     assert_expected_inline(
         captured(moe, *tokens(4)),
@@ -329,6 +354,23 @@ def test_inductor_on_preshuffle():
     for view in (scale, scale.view(E8M0)):
         for a, b in zip(torch.compile(function, fullgraph=True)(weight, view), want, strict=True):
             assert same_bytes(a, b)
+
+
+@needs_compiler
+def test_inductor_on_quantize_preshuffle():
+    """Of rows that the graph makes, which it may not lay out in another way, into buffers of its own and a caller's."""
+    options = dict(layout="aiter_gfx950", gate_up=True, pad_to=128)
+
+    def function(x, weight, scale):
+        halves = torch.mul(x, 2).unflatten(1, (-1, 2)).transpose(1, 2)
+        torch_mxfp8moe.quantize_preshuffle(halves, **options, out=(weight, scale))
+        return torch_mxfp8moe.quantize_preshuffle(halves, "floor", **options)
+
+    x = randn(2, 192, 256, dtype=torch.bfloat16)
+    written = [[torch.empty_like(part) for part in function(x, *OPS.quantize_preshuffle(x, **options))] for _ in "ab"]
+    want = function(x, *written[0])
+    got = torch.compile(function, fullgraph=True)(x, *written[1])
+    assert all(same_bytes(*pair) for pair in zip((*got, *written[1]), (*want, *written[0]), strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -251,13 +251,15 @@ def test_a_backend_does_not_run_the_reference(monkeypatch):
     def called(*args, **kwargs):
         raise AssertionError("the reference was called")
 
-    for name in ("fused_moe", "quantize_1x32", "dequantize_1x32", "preshuffle"):
+    for name in ("fused_moe", "quantize_1x32", "dequantize_1x32", "preshuffle", "quantize_preshuffle"):
         monkeypatch.setattr(reference, name, called)
     for backend in ("auto", BACKEND):
         OPS.fused_moe(**inputs, backend=backend)
     data, scale = OPS.quantize_1x32(randn(2, 64))
     OPS.dequantize_1x32(data, scale, dtype=torch.float32)
     OPS.preshuffle(inputs["w1"], inputs["w1_scale"], layout="row_major", gate_up=True)
+    for pad_to in (1, 64):
+        OPS.quantize_preshuffle(randn(2, 64, 64), layout="row_major", gate_up=True, pad_to=pad_to)
     with pytest.raises(ERRORS + (AssertionError,), match="the reference was called"):
         OPS.fused_moe(**inputs, backend="reference")
 
@@ -341,6 +343,7 @@ import torch_mxfp8moe
 data, scale = torch_mxfp8moe.quantize_1x32(torch.ones(2, 64, 32))
 torch_mxfp8moe.dequantize_1x32(data, scale)
 torch_mxfp8moe.preshuffle(data, scale, layout="row_major", gate_up=True)
+torch_mxfp8moe.quantize_preshuffle(torch.ones(2, 64, 32), layout="row_major", gate_up=True)
 down, down_scale = data[:, :32].contiguous(), scale[:, :32].contiguous()
 torch_mxfp8moe.fused_moe(torch.ones(1, 32), data, scale, down, down_scale, torch.ones(1, 1), torch.ones(1, 1).int())
 print(looked_for)

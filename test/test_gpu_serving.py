@@ -298,13 +298,15 @@ def test_memory_beside_inputs_and_output_is_what_the_plan_says(T, out_dtype):
 def test_no_call_waits_for_the_gpu():
     """PyTorch raises at each of its own synchronisations; CI shows besides that no data is read (test_triton.py)."""
     inputs, x = sample(50), torch.randn(64, 512, device="cuda")
-    weight, scale = OPS.quantize_1x32(torch.randn(2, 256, 256, device="cuda"))
+    rows = torch.randn(2, 256, 256, device="cuda")
+    weight, scale = OPS.quantize_1x32(rows)
     scaled = sample(50, scaled=True)
     shuffle = dict(layout="aiter_gfx950", gate_up=True, pad_to=256)
 
     def calls():
         OPS.dequantize_1x32(*OPS.quantize_1x32(x), dtype=torch.float32)
         OPS.preshuffle(weight, scale, **shuffle)
+        OPS.quantize_preshuffle(rows, **shuffle)
         OPS.fused_moe(**inputs, **GPT_OSS)
         OPS.fused_moe(**scaled, out_dtype=torch.float32)
         OPS.fused_moe.out(**inputs, out=torch.empty_like(inputs["hidden_states"]))
@@ -515,12 +517,13 @@ def test_the_triton_backend_serves_gpu_tensors(monkeypatch):
     def called(*args, **kwargs):
         raise AssertionError("the reference was called")
 
-    for name in ("fused_moe", "quantize_1x32", "dequantize_1x32", "preshuffle"):
+    for name in ("fused_moe", "quantize_1x32", "dequantize_1x32", "preshuffle", "quantize_preshuffle"):
         monkeypatch.setattr(reference, name, called)
     OPS.fused_moe(**inputs)
     data, scale = OPS.quantize_1x32(torch.randn(2, 256, 256, device="cuda"))
     OPS.dequantize_1x32(data, scale, dtype=torch.float32)
     OPS.preshuffle(data, scale, layout="aiter_gfx950", gate_up=True)
+    OPS.quantize_preshuffle(torch.randn(2, 256, 256, device="cuda"), layout="aiter_gfx950", gate_up=True)
 
 
 @pytest.mark.parametrize("name", ("w1", "w2_scale", "topk_ids", "expert_map", "num_tokens", "w1_bias"))

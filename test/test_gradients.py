@@ -21,6 +21,7 @@ def cases() -> dict:
     data, scale = torch_mxfp8moe.quantize_1x32(x)
     shuffle = dict(weight=moe["w1"], scale=moe["w1_scale"], layout="row_major", gate_up=True)
     out = dict(out_weight=torch.empty_like(moe["w1"]), out_scale=torch.empty_like(moe["w1_scale"]))
+    rows = dict(x=randn(*moe["w1"].shape), layout="row_major", gate_up=True)
     calls = {
         "quantize_1x32": (OPS.quantize_1x32.default, dict(x=x), ("x",)),
         "quantize_1x32.out": (
@@ -31,6 +32,8 @@ def cases() -> dict:
         "dequantize_1x32": (OPS.dequantize_1x32.default, dict(data=data, scale=scale, dtype=torch.float32), ("data",)),
         "preshuffle": (OPS.preshuffle.default, shuffle, ("weight",)),
         "preshuffle.out": (OPS.preshuffle.out, shuffle | out, ("weight", "out_weight")),
+        "quantize_preshuffle": (OPS.quantize_preshuffle.default, rows, ("x",)),
+        "quantize_preshuffle.out": (OPS.quantize_preshuffle.out, rows | out, ("x", "out_weight")),
         "fused_moe": (
             OPS.fused_moe.default, moe, ("hidden_states", "topk_weights", "w1", "w2", "w1_bias", "w2_bias"),
         ),
@@ -194,14 +197,16 @@ def test_writes_are_counted(context, backend):
     moe, buffer = moe_inputs(), torch.zeros(3, 6, 64)
     data, scale = torch_mxfp8moe.quantize_1x32(buffer)
     shuffle = dict(weight=moe["w1"], scale=moe["w1_scale"], layout="row_major", gate_up=True)
-    shuffled = torch.empty_like(moe["w1"]), torch.empty_like(moe["w1_scale"])
+    shuffled, arranged = ((torch.empty_like(moe["w1"]), torch.empty_like(moe["w1_scale"])) for _ in range(2))
     wrong = error_of(lambda: OPS.fused_moe.out(**moe, out=buffer[0, :3]))
     assert "out has shape" in wrong and buffer._version == 0
     with context():
         OPS.fused_moe.out(**moe, backend=backend, out=buffer[1, :4])
         OPS.quantize_1x32.out(torch.ones(6, 64), out_data=data[1], out_scale=scale[1])
         OPS.preshuffle.out(**shuffle, out_weight=shuffled[0], out_scale=shuffled[1])
-    assert all(x._version >= 1 for x in (buffer, data, scale, *shuffled))
+        rows, written = randn(*moe["w1"].shape), dict(out_weight=arranged[0], out_scale=arranged[1])
+        OPS.quantize_preshuffle.out(rows, layout="row_major", gate_up=True, **written)
+    assert all(x._version >= 1 for x in (buffer, data, scale, *shuffled, *arranged))
     assert all(x._version == 0 for x in moe.values())
 
 
