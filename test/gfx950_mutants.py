@@ -11,6 +11,8 @@ from gfx950_simulator import launch
 
 from helpers import TOLERANCE, moe_inputs, randn, relative_l2, same_bytes
 from torch_mxfp8moe import reference
+from torch_mxfp8moe.arguments import QuantizePreshuffle
+from torch_mxfp8moe.backends.triton import preshuffle as preshuffle_launches
 from torch_mxfp8moe.backends.triton import quantize as quantize_launches
 from torch_mxfp8moe.backends.triton.launch import compile_offline
 
@@ -92,6 +94,25 @@ class QuantizeBlocks(Subject):
         return all(same_bytes(a, b) for a, b in zip(got, self.want))
 
 
+class QuantizeInto(Subject):
+    """``quantize_preshuffle`` of rows that take turns, padded."""
+
+    def __init__(self):
+        self.x = randn(1, 64, 2, 256, seed=1) * torch.exp2(randn(1, 64, 2, 8, seed=2) * 20).repeat_interleave(32, -1)
+        self.x[0, 3, 0, 40], self.x[0, 5, 1, :32] = float("nan"), 0
+        self.call = QuantizePreshuffle(self.x.transpose(1, 2), "aiter_gfx950", True, pad_to=128).check()
+        self.want = reference.quantize_preshuffle(self.call.x, layout="aiter_gfx950", gate_up=True, pad_to=128)
+        memory = dict(x=self.call.x, out_weight=self.want[0], out_scale=self.want[1])
+        (self.compiled,) = compile_offline(
+            preshuffle_launches.quantize_preshuffle(self.call).bind(memory, ops.CPU), ops.TARGET
+        )
+
+    def right(self, text: str) -> bool:
+        self.call.out_weight, self.call.out_scale = (torch.empty_like(x) for x in self.want)
+        ops.quantize_preshuffle(self.call, texts={0: text})
+        return all(same_bytes(a, b) for a, b in zip(self.call.outputs, self.want))
+
+
 class Moe(Subject):
     """One of the launches of ``fused_moe``, the others as they are."""
 
@@ -111,6 +132,7 @@ class Moe(Subject):
 
 SUBJECTS = {
     "dot": Dot, "dot_scaled": DotScaled, "reduce": Reduce, "quantize": QuantizeBlocks,
+    "quantize_preshuffle": QuantizeInto,
     "route": lambda: Moe(0), "dispatch": lambda: Moe(1), "gemm1": lambda: Moe(2), "gemm2": lambda: Moe(3),
     "combine": lambda: Moe(4),
 }  # fmt: skip

@@ -4,7 +4,7 @@ a call hold anything."""
 import torch
 from gfx950_simulator import launch
 
-from torch_mxfp8moe.arguments import FusedMoe, Preshuffle, Quantize
+from torch_mxfp8moe.arguments import FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 from torch_mxfp8moe.backends.triton import fused_moe as fused_moe_launches
 from torch_mxfp8moe.backends.triton import preshuffle as preshuffle_launches
 from torch_mxfp8moe.backends.triton import quantize as quantize_launches
@@ -36,6 +36,11 @@ def dequantize_1x32(data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype)
 def preshuffle(call: Preshuffle) -> None:
     inputs, outputs = ({name: getattr(call, prefix + name) for name in ("weight", "scale")} for prefix in ("", "out_"))
     run(preshuffle_launches.preshuffle(call), inputs, {f"out_{name}": x for name, x in outputs.items()})
+
+
+def quantize_preshuffle(call: QuantizePreshuffle, texts=None) -> None:
+    outputs = dict(out_weight=call.out_weight, out_scale=call.out_scale)
+    run(preshuffle_launches.quantize_preshuffle(call), dict(x=call.x), outputs, texts)
 
 
 def moe_call(inputs: dict, out_dtype: torch.dtype | None = None, **options) -> FusedMoe:

@@ -44,6 +44,10 @@ def main() -> None:
     for R, C, gate_up in ((192, 96, True), (96, 224, False)):
         weight, scale = OPS.quantize_1x32(torch.randn(3, R, C, device="cuda"))
         OPS.preshuffle(weight, scale, layout="row_major", gate_up=gate_up, pad_to=128)
+        x = torch.randn(3, R, C, device="cuda").bfloat16()
+        OPS.quantize_preshuffle(x, layout="row_major", gate_up=gate_up, pad_to=128)
+    turns = torch.randn(3, 128, 2, 256, device="cuda").transpose(1, 2)
+    OPS.quantize_preshuffle(turns, layout="aiter_gfx950", gate_up=True, pad_to=256)
     weight, scale = OPS.quantize_1x32(torch.randn(3, 256, 256, device="cuda"))
     OPS.preshuffle(weight, scale, layout="aiter_gfx950", gate_up=True, pad_to=256)
     torch.cuda.synchronize()

@@ -11,7 +11,7 @@ from helpers import (
     FLOATS, MODES, assert_agrees, assert_equal, moe_inputs, only_cpu, randn, relative_l2, same_bytes, weights,
 )  # fmt: skip
 from torch_mxfp8moe import configs, reference
-from torch_mxfp8moe.arguments import Preshuffle
+from torch_mxfp8moe.arguments import Preshuffle, QuantizePreshuffle
 from torch_mxfp8moe.backends.triton import _interpreted
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -1231,6 +1231,24 @@ def test_preshuffle(layout, gate_up):
     call = Preshuffle(weight, scale, layout, gate_up, 128, *(torch.empty_like(x) for x in want))
     ops.preshuffle(call)
     assert same_bytes(call.out_weight, want[0]) and same_bytes(call.out_scale, want[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("gate_up", [True, False])
+@pytest.mark.parametrize("layout", ["row_major", "aiter_gfx950"])
+def test_quantize_preshuffle(layout, gate_up, dtype):
+    """Padded, in every rounding; the gate and up rows take turns."""
+    reach = dict(binades=42, lowest=-25) if dtype is torch.float16 else {}
+    x = hostile_blocks(2 * 384 * 8, **reach).to(dtype).view(2, *((192, 2, 256) if gate_up else (512, 192)))
+    x = x.transpose(1, 2) if gate_up else x
+    for mode in MODES:
+        options = dict(layout=layout, gate_up=gate_up, pad_to=128)
+        want = reference.quantize_preshuffle(x, mode, **options)
+        out_weight, out_scale = (torch.empty_like(part) for part in want)
+        call = QuantizePreshuffle(x, scale_rounding=mode, **options, out_weight=out_weight, out_scale=out_scale)
+        ops.quantize_preshuffle(call.check(writes_out=True))
+        assert same_bytes(out_weight, want[0]) and same_bytes(out_scale, want[1]), mode
+        assert (out_scale == 255).any() and out_scale.unique().numel() > 30
 
 
 def simulated_moe(inputs: dict, tiles=None, **options) -> torch.Tensor:

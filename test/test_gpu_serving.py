@@ -135,18 +135,23 @@ def test_every_op_is_captured():
     out = torch.empty_like(weight), torch.empty(3 * 256, 16, dtype=torch.uint8, device="cuda")
     lies = torch.randn(2, 3, 2, 512, device="cuda").transpose(1, 2)  # rows that take three strides
     codes = torch.empty(lies.shape, dtype=weight.dtype, device="cuda"), torch.empty(2, 2, 3, 16).byte().cuda()
+    turns = torch.randn(3, 128, 2, 512, device="cuda").transpose(1, 2)  # gate and up rows
+    into = torch.empty_like(weight), torch.empty_like(out[1])
+    options = dict(layout="aiter_gfx950", gate_up=True)
     results = []
 
     def step():
+        OPS.quantize_preshuffle.out(turns, **options, out_weight=into[0], out_scale=into[1])
         OPS.quantize_1x32.out(lies, out_data=codes[0], out_scale=codes[1])
         data = OPS.quantize_1x32(x)
-        OPS.preshuffle.out(weight, scale, layout="aiter_gfx950", gate_up=True, out_weight=out[0], out_scale=out[1])
+        OPS.preshuffle.out(weight, scale, **options, out_weight=out[0], out_scale=out[1])
         results[:] = [*data, OPS.dequantize_1x32(*data, dtype=torch.bfloat16)]
 
     graph = captured(step)
     for _ in range(3):
         x.normal_()
         lies.normal_()
+        turns.normal_()
         fresh = OPS.quantize_1x32(torch.randn(3, 256, 512, device="cuda"))
         weight.copy_(fresh[0])
         scale.copy_(fresh[1])
@@ -155,8 +160,8 @@ def test_every_op_is_captured():
         data = reference.quantize_1x32(x)
         assert same_bytes(results[0], data[0]) and same_bytes(results[1], data[1])
         assert same_bytes(results[2], reference.dequantize_1x32(*data, torch.bfloat16))
-        want = reference.preshuffle(*fresh, layout="aiter_gfx950", gate_up=True)
-        assert same_bytes(out[0], want[0]) and same_bytes(out[1], want[1])
+        assert all(map(same_bytes, out, reference.preshuffle(*fresh, **options)))
+        assert all(map(same_bytes, into, reference.quantize_preshuffle(turns, **options)))
 
 
 def module_weights(seed: int, high_precision: bool) -> dict:

@@ -15,7 +15,7 @@ import torch_mxfp8moe
 from helpers import E4M3, moe_inputs, only_cpu, run_python
 from shapes import rows
 from torch_mxfp8moe import configs, dispatch
-from torch_mxfp8moe.arguments import Dequantize, FusedMoe, Preshuffle, Quantize
+from torch_mxfp8moe.arguments import Dequantize, FusedMoe, Preshuffle, Quantize, QuantizePreshuffle
 from torch_mxfp8moe.backends import registered
 from torch_mxfp8moe.backends import triton as backend
 from torch_mxfp8moe.backends.triton.targets import Target, target_of
@@ -187,6 +187,22 @@ def test_an_expert_beyond_32_bits_is_refused(machine):
         explained(65536).reasons["triton"],
         """a weight has 2147483648 elements an expert; it takes fewer than 2147483648""",
     )
+
+
+def test_an_expert_that_is_padded_beyond_32_bits_is_refused(machine):
+    machine()
+    options = dict(layout="row_major", gate_up=True)
+    with FakeTensorMode():
+        x = torch.empty(1, 64, 32768, dtype=torch.bfloat16, device="cuda")
+        weight, scale = x.to(E4M3), torch.empty(1, 64, 1024, dtype=torch.uint8, device="cuda")
+        for pad_to, served in ((32768 - 32, True), (32768, False)):
+            for call in (
+                Preshuffle(weight, scale, **options, pad_to=pad_to),
+                QuantizePreshuffle(x, **options, pad_to=pad_to),
+            ):
+                explained = dispatch.explain_call(call.check())
+                assert (explained.backend == "triton") == served
+                assert served or "a weight has 2147483648 elements an expert" in explained.reasons["triton"]
 
 
 @pytest.mark.parametrize("name", [name for name in moe_inputs() if name != "hidden_states"])
@@ -369,7 +385,11 @@ def test_the_host_reads_no_data(monkeypatch, arch):
         weight = torch.empty(2, 256, 256, device="meta", dtype=E4M3)
         scale = torch.empty(2, 256, 8, device="meta", dtype=torch.uint8)
         dispatch.preshuffle(Preshuffle(weight, scale, "aiter_gfx950", True, 256).check())
-        assert launched == ["quantize_kernel", "dequantize_kernel", *2 * ["preshuffle_kernel"]]
+        rows = torch.empty(2, 2, 128, 256, device="meta", dtype=torch.bfloat16)
+        for _ in range(2):
+            dispatch.quantize_preshuffle(QuantizePreshuffle(rows, "aiter_gfx950", True).check())
+        quantized = 2 * ["quantize_preshuffle_kernel"]
+        assert launched == ["quantize_kernel", "dequantize_kernel", *2 * ["preshuffle_kernel"], *quantized]
 
 
 @needs_triton

@@ -16,7 +16,7 @@ import torch_mxfp8moe
 from helpers import E4M3, FLOATS, MODES
 from shapes import rows
 from torch_mxfp8moe import configs
-from torch_mxfp8moe.arguments import FusedMoe, Preshuffle
+from torch_mxfp8moe.arguments import FusedMoe, Preshuffle, QuantizePreshuffle
 from torch_mxfp8moe.backends.triton import _interpreted
 from torch_mxfp8moe.backends.triton.targets import Target
 from torch_mxfp8moe.configs import Gemm, Tiles
@@ -305,6 +305,33 @@ def test_preshuffle(arch, record_property):
     compiled(parts, arch, record_property)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_quantize_preshuffle(arch, record_property):
+    """Of both weights, padded and not; rows that take turns. Values are read and codes are written by 16 bytes, the most
+    that one instruction moves."""
+    parts = []
+    for layout, mode, dtype in product(torch_mxfp8moe.LAYOUTS, MODES, FLOATS):
+        if SCOPE < 2 and (layout == "aiter_gfx950") + (mode == "rceil") + (dtype is torch.bfloat16) + SCOPE < 3:
+            continue
+        for gate_up, x, pad_to in (
+            (True, empty(128, 1536, 6144, dtype=dtype), 1),
+            (True, empty(128, 192, 2, 2048, dtype=dtype).transpose(1, 2), 128),
+            (False, empty(128, 2048, 192, dtype=dtype), 128),
+        ):
+            call = QuantizePreshuffle(x, layout, gate_up, mode, pad_to).check()
+            memory = dict(
+                x=x, out_weight=empty(*call.weight_shape, dtype=E4M3),
+                out_scale=empty(*call.scale_shape, dtype=torch.uint8),
+            )  # fmt: skip
+            parts += preshuffle.quantize_preshuffle(call).bind(memory, call.device)
+    assert len(parts) >= 3
+    load, store, wide = r"(global|buffer)_load_", r"(global|buffer)_store_", r"dwordx4"
+    if arch.startswith("sm_"):
+        load, store, wide = r"ld\.global", r"st\.global", r"\S*\.v4\.b32"
+    for code in compiled(parts, arch, record_property):
+        assert code.count(load + wide) == code.count(load) > 0 and code.count(store + wide), code.summary
+
+
 usual = pytest.mark.skipif(SCOPE < 1, reason="of each kernel one: MXFP8MOE_COMPILE=few")
 
 
@@ -322,6 +349,21 @@ def test_weights_beyond_32_bits(arch, record_property):
             strides.append(launch.arguments["EXPERT_STRIDE"])
         for stride in strides:
             assert f"constant {stride} : i64" in code.ttir and f"constant {stride} : i32" not in code.ttir
+
+
+@usual
+@pytest.mark.parametrize("arch", ARCHS)
+def test_rows_beyond_32_bits_apart(arch, record_property):
+    """Experts, halves and rows of x at distances of 64 bits each."""
+    strides = 2**35, 2**34, 2**32 + 64
+    x = torch.empty_strided((2, 2, 128, 256), (*strides, 1), dtype=torch.bfloat16, device="meta")
+    call = QuantizePreshuffle(x, "aiter_gfx950", True).check()
+    memory = dict(
+        x=x, out_weight=empty(*call.weight_shape, dtype=E4M3), out_scale=empty(*call.scale_shape, dtype=torch.uint8)
+    )
+    (code,) = compiled(preshuffle.quantize_preshuffle(call).bind(memory, call.device), arch, record_property)
+    for stride in strides:
+        assert f"constant dense<{stride}> : tensor<16xi64>" in code.ttir or f"constant {stride} : i64" in code.ttir
 
 
 def _tiles(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int = 2) -> Tiles:
