@@ -1,5 +1,5 @@
-"""``quantize_preshuffle``: the bytes of ``quantize_1x32`` and ``preshuffle`` one after the other, of rows that lie in any
-way; writing in place."""
+"""``quantize_preshuffle``: the bytes of ``quantize_1x32`` and ``preshuffle`` in turn, of rows that lie in any way; writing
+in place."""
 
 import pytest
 import torch

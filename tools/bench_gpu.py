@@ -205,7 +205,7 @@ class Bench:
 
 
 def memory_bound(copy: float) -> None:
-    """quantize_1x32, dequantize_1x32 and preshuffle, in bytes moved over time."""
+    """What quantises and rearranges, in bytes moved over time."""
     x = torch.randn(1 << 14, 1 << 14, device="cuda", dtype=torch.bfloat16)
     data, scale = torch_mxfp8moe.quantize_1x32(x)
     weight, weight_scale = data.view(16, 1 << 10, 1 << 14), scale.view(16, 1 << 10, 1 << 9)
@@ -216,10 +216,14 @@ def memory_bound(copy: float) -> None:
     def shuffle():
         torch_mxfp8moe.preshuffle(weight, weight_scale, out=out, **kwargs)
 
+    def quantize_shuffle():
+        torch_mxfp8moe.quantize_preshuffle(x.view(weight.shape), out=out, **kwargs)
+
     cases = {
         "quantize_1x32 of bf16": (x.nbytes + small, lambda: torch_mxfp8moe.quantize_1x32(x)),
         "dequantize_1x32 to bf16": (x.nbytes + small, lambda: torch_mxfp8moe.dequantize_1x32(data, scale, x.dtype)),
         "preshuffle to aiter_gfx950": (2 * small, shuffle),
+        "quantize_preshuffle of bf16": (x.nbytes + small, quantize_shuffle),
     }
     print(f"\n{'':<28} {'us':>8} {'TB/s':>6} {'of a copy':>10}")
     for name, (moved, call) in cases.items():

@@ -265,9 +265,8 @@ def quantize_preshuffle(
     :func:`quantize_1x32`, in one pass on a GPU.
 
     Args:
-        x: bf16, fp16 or fp32, dimensions and sizes those of :func:`preshuffle`'s weight; last stride 1, any other
-            strides. If ``gate_up`` also [E, 2, I, H], the gate rows and the up rows, which may so be a view of rows that
-            take turns.
+        x: bf16, fp16 or fp32: [E, 2I, H], gate rows then up rows, or [E, 2, I, H], so that a view of rows that take
+            turns will do, if ``gate_up``; [E, H, I] if not. Last stride 1, any other strides.
         scale_rounding: as :func:`quantize_1x32` takes it.
         layout, gate_up, pad_to: as :func:`preshuffle` takes them.
         out: write to these two tensors, (weight, scale), instead of new ones. They share no memory with x or with each

@@ -11,7 +11,7 @@ import torch
 
 from ... import extension
 from ...arguments import Call, FusedMoe, Preshuffle, QuantizePreshuffle
-from ...formats import SCALE_ONE, as_bytes
+from ...formats import BLOCK, SCALE_ONE, as_bytes
 from ...layouts import ROW_MAJOR, Permutation
 from .. import Backend
 
@@ -32,11 +32,12 @@ def _scatter(source: torch.Tensor, permutation: Permutation, shape: tuple[int, i
     torch.ops.mxfp8moe._scatter_rows(source.view(-1, source_columns), rows.reshape(-1), columns, out)
 
 
-def _arrange(weight: torch.Tensor, scale: torch.Tensor, call: Preshuffle | QuantizePreshuffle) -> None:
-    """weight [E, R, C] and scale [E, R, C/32], bytes in checkpoint order -> the outputs of ``call``."""
-    layout, shape, gate_up = call.arrangement, call.weight_shape, call.gate_up
+def _arrange(
+    weight: torch.Tensor, scale: torch.Tensor, call: Preshuffle | QuantizePreshuffle, out_weight, out_scale
+) -> None:
+    """weight [N, R, C] and scale [N, R, C/32], bytes of N experts in checkpoint order -> theirs of a call's outputs."""
+    layout, shape, gate_up = call.arrangement, (weight.shape[0], *call.weight_shape[1:]), call.gate_up
     scale_shape = (*shape[:2], layout.padded_scale_columns(shape[2]))
-    out_weight, out_scale = (out.view(torch.uint8) for out in call.outputs)
     if out_weight.numel() != weight.numel():
         out_weight.zero_()
     if out_scale.numel() != scale.numel():
@@ -63,16 +64,26 @@ class Cpu(Backend):
         return None
 
     def preshuffle(self, call: Preshuffle) -> None:
-        _arrange(call.weight.view(torch.uint8), as_bytes(call.scale), call)
+        outputs = (out.view(torch.uint8) for out in call.outputs)
+        _arrange(call.weight.view(torch.uint8), as_bytes(call.scale), call, *outputs)
 
     def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
-        x, options = call.by_halves, dict(scale_rounding=call.scale_rounding)
-        if call.arrangement is ROW_MAJOR and call.weight_shape == tuple(call.source_shape):
-            out_data, out_scale = (out.unflatten(1, x.shape[1:3]) for out in call.outputs)
-            torch.ops.mxfp8moe.quantize_1x32.out(x, **options, out_data=out_data, out_scale=out_scale)
+        quantize, x = torch.ops.mxfp8moe.quantize_1x32.out, call.by_halves
+        options = dict(scale_rounding=call.scale_rounding)
+        out_weight, out_scale = (out.view(torch.uint8) for out in call.outputs)
+        experts, rows, columns = call.weight_shape
+        if call.arrangement is ROW_MAJOR and (rows, columns) == tuple(call.source_shape)[1:]:  # nothing moves
+            out_data, out_scale = (out.unflatten(1, x.shape[1:3]) for out in (out_weight, out_scale))
+            quantize(x, **options, out_data=out_data.view(torch.float8_e4m3fn), out_scale=out_scale)
             return
-        data, scale = torch.ops.mxfp8moe.quantize_1x32(x, **options)
-        _arrange(data.view(torch.uint8).flatten(1, 2), scale.flatten(1, 2), call)
+        # An expert at a time through the same memory: new memory takes as long as the work does.
+        data = torch.empty(x.shape[1:], dtype=torch.float8_e4m3fn)
+        scale = torch.empty((*data.shape[:2], data.shape[2] // BLOCK), dtype=torch.uint8)
+        quantized = [part.view(torch.uint8).flatten(0, 1).unsqueeze(0) for part in (data, scale)]
+        out_scale = out_scale.view(experts, rows, call.arrangement.padded_scale_columns(columns))
+        for of_expert, *outputs in zip(x, out_weight, out_scale):
+            quantize(of_expert, **options, out_data=data, out_scale=scale)
+            _arrange(*quantized, call, *outputs)
 
     def _reached_from_python(self, call: Call):
         raise RuntimeError(

@@ -14,6 +14,7 @@ from .numerics import BLOCK, block_amax, cast, encode, scale_byte
 ROWS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 256
 QUANTIZED_ROWS_PER_PROGRAM = 16
+"""Of ``quantize_preshuffle``, whose values take more registers than bytes do."""
 
 
 @triton.jit
