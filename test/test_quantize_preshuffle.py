@@ -1,5 +1,4 @@
-"""``quantize_preshuffle``: the bytes of ``quantize_1x32`` and ``preshuffle`` in turn, of rows that lie in any way; writing
-in place."""
+"""``quantize_preshuffle``: the bytes of ``quantize_1x32`` and ``preshuffle`` in turn, of rows that lie in any way."""
 
 import pytest
 import torch

@@ -307,8 +307,8 @@ def test_preshuffle(arch, record_property):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_quantize_preshuffle(arch, record_property):
-    """Of both weights, padded and not; rows that take turns. Values are read and codes written by 16 bytes, the most that
-    one instruction moves."""
+    """Of both weights, padded and not; rows that take turns. Values are read and codes written by 16 bytes, the most
+    that one instruction moves."""
     parts = []
     for layout, mode, dtype in product(torch_mxfp8moe.LAYOUTS, MODES, FLOATS):
         if SCOPE < 2 and (layout == "aiter_gfx950") + (mode == "rceil") + (dtype is torch.bfloat16) + SCOPE < 3:

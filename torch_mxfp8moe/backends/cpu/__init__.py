@@ -6,6 +6,7 @@ the C++ kernel does not take, for the error message or another backend. What is 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -33,9 +34,11 @@ def _scatter(source: torch.Tensor, permutation: Permutation, shape: tuple[int, i
 
 
 def _arrange(
-    weight: torch.Tensor, scale: torch.Tensor, call: Preshuffle | QuantizePreshuffle, out_weight, out_scale
+    call: Preshuffle | QuantizePreshuffle, source: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
 ) -> None:
-    """weight [N, R, C] and scale [N, R, C/32], bytes of N experts in checkpoint order -> theirs of a call's outputs."""
+    """source: weight [N, R, C] and scale [N, R, C/32], bytes of N experts in checkpoint order -> the part of the call's
+    outputs that is theirs."""
+    (weight, scale), (out_weight, out_scale) = source, outputs
     layout, shape, gate_up = call.arrangement, (weight.shape[0], *call.weight_shape[1:]), call.gate_up
     scale_shape = (*shape[:2], layout.padded_scale_columns(shape[2]))
     if out_weight.numel() != weight.numel():
@@ -64,8 +67,8 @@ class Cpu(Backend):
         return None
 
     def preshuffle(self, call: Preshuffle) -> None:
-        outputs = (out.view(torch.uint8) for out in call.outputs)
-        _arrange(call.weight.view(torch.uint8), as_bytes(call.scale), call, *outputs)
+        source = call.weight.view(torch.uint8), as_bytes(call.scale)
+        _arrange(call, source, [out.view(torch.uint8) for out in call.outputs])
 
     def quantize_preshuffle(self, call: QuantizePreshuffle) -> None:
         quantize, x = torch.ops.mxfp8moe.quantize_1x32.out, call.by_halves
@@ -83,7 +86,7 @@ class Cpu(Backend):
         out_scale = out_scale.view(experts, rows, call.arrangement.padded_scale_columns(columns))
         for of_expert, *outputs in zip(x, out_weight, out_scale):
             quantize(of_expert, **options, out_data=data, out_scale=scale)
-            _arrange(*quantized, call, *outputs)
+            _arrange(call, quantized, outputs)
 
     def _reached_from_python(self, call: Call):
         raise RuntimeError(
