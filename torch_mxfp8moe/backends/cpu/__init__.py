@@ -80,8 +80,8 @@ class Cpu(Backend):
             quantize(x, **options, out_data=out_data.view(torch.float8_e4m3fn), out_scale=out_scale)
             return
         # An expert at a time through the same memory: new memory takes as long as the work does.
-        data = torch.empty(x.shape[1:], dtype=torch.float8_e4m3fn)
-        scale = torch.empty((*data.shape[:2], data.shape[2] // BLOCK), dtype=torch.uint8)
+        data = torch.empty(x.shape[1:], dtype=torch.float8_e4m3fn, device=call.device)
+        scale = torch.empty((*data.shape[:2], data.shape[2] // BLOCK), dtype=torch.uint8, device=call.device)
         quantized = [part.view(torch.uint8).flatten(0, 1).unsqueeze(0) for part in (data, scale)]
         out_scale = out_scale.view(experts, rows, call.arrangement.padded_scale_columns(columns))
         for of_expert, *outputs in zip(x, out_weight, out_scale):
