@@ -520,7 +520,8 @@ def test_a_whole_run(tuner, monkeypatch, tmp_path, capsys):
         listed(json.loads(out.read_text())["tiles"]),
         """\
 1: matvec 1, 64 x 128 2 1 0, 64 x 128 1 1 0
-None: hopper 8, 64 x 128 4 2 1, 128 x 128 4 2 1
+3: hopper 8, 64 x 128 4 2 1, 128 x 128 4 2 1
+None: hopper 16, 64 x 64 4 2 2, 128 x 64 4 2 2
 None: gemm 16, 128 x 256 4 2 0, 128 x 256 4 2 0""",
     )
     assert "calls take 1.0" in said and "was not measured" not in said
@@ -672,7 +673,7 @@ def test_only_shapes_that_need_them_get_rules_of_their_own():
     assert told(data["tiles"]) == [(None, 16, 2)]
     kept, special = data["shapes"]
     assert kept == old["shapes"][0]  # not tuned now; A's are not needed any more
-    assert special["hidden"] == 256 and told(special["tiles"]) == [(4, 16, 2), (None, 16, 3)]
+    assert special["hidden"] == 256 and told(special["tiles"]) == [(4, 16, 2), (36, 16, 3)]
     configs.parse("file", data)
     keep = tuning.file_of([table(times)], 0.02, {"tiles": [tile(16, 3).json(None)]}, keep_default=True)
     assert told(keep["tiles"]) == [(None, 16, 3)] and len(keep["shapes"]) == 3

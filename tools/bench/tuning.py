@@ -32,6 +32,11 @@ CALLS = (("hopper", "matvec", "gemm"), ("matvec", "gemm"), ("gemm",))
 MATVEC_ROWS = 1
 """Rows per expert beyond which a route by itself is not tried, and does not go into a file."""
 
+SKEW, SKEWED_BELOW = 4, 32
+"""Points are measured with uniform routing, under which small tiles look good that many rows of one expert would take
+many of. So a tile of "hopper" with fewer than SKEWED_BELOW slots has to hold SKEW times the rows that an expert gets;
+one of SKEWED_BELOW hardly costs more."""
+
 _MATVEC = {
     "rule": {"block_m": (1,)},
     "both": {
@@ -355,6 +360,11 @@ def candidates_of(rules: Sequence[Json]) -> Candidates:
     return result
 
 
+def has_room(point: Point, rule: Json) -> bool:
+    """Whether a rule's tile is large enough for routing that is not uniform."""
+    return kernels_of(rule) != "hopper" or rule["block_m"] >= min(SKEWED_BELOW, SKEW * point.rows)
+
+
 def rules_of_space(kernels: str, space: dict[str, tuple]) -> list[Json]:
     """All that ``configs`` takes."""
     choices = [normal(dict(zip(space, values)) | {"kernels": kernels}) for values in product(*space.values())]
@@ -364,7 +374,8 @@ def rules_of_space(kernels: str, space: dict[str, tuple]) -> list[Json]:
 def rules_to_try(point: Point, kernels: str, choices: Sequence[Json], width: float = 4.0) -> list[Json]:
     """Those of ``choices`` whose block_m is not far from the rows that an expert gets: at most ``width`` times as many,
     not less than a ``width``-th, and the nearest one in any case. "matvec", which has no tiles of rows: if there are
-    few."""
+    few. Of those that have room."""
+    choices = [rule for rule in choices if has_room(point, rule)]
     if not choices or kernels == "matvec" and point.rows > MATVEC_ROWS:
         return []
     nearest = min((rule["block_m"] for rule in choices), key=lambda m: abs(math.log(m / max(point.rows, 1))))
@@ -456,8 +467,10 @@ class Table:
 def tables_of(results: dict[Trial, Result]) -> list[Table]:
     """A table for each of ``CALLS`` that some rows' calls belong to, in that order, of these rows and kernels.
 
-    Calls of a row are admitted to what was tried for them. Points without a tile that serves every call are left out.
+    Calls of a row are admitted to what was tried for them. Points without a tile that serves every call are left out,
+    and what was tried without room (:func:`has_room`), such as what was configured.
     """
+    results = {trial: result for trial, result in results.items() if has_room(trial.point, json.loads(trial.rule))}
     of = lambda kernels: {trial: result for trial, result in results.items() if trial.kernels in kernels}
     served = set(Table(of(CALLS[-1])).least)
     tables = []
@@ -528,7 +541,7 @@ def reduce(
 
 
 def merged(chains: Sequence[list[Json]]) -> list[Json]:
-    """The rules of a file that serves all calls. ``chains``: rules for calls that are admitted to fewer and fewer
+    """The rules of a file, for all calls that ``chains`` are for. ``chains``: rules for calls that are admitted to fewer and fewer
     kernels, the last to "gemm" alone.
 
     Up to each limit in turn there is the rule of the first chain, and, unless that serves every call, the next chain's
@@ -560,7 +573,7 @@ def _joined(rules: list[tuple[float, Tile]], ends: list[float]) -> list[tuple[fl
 
     def served(rules: list[tuple[float, Tile]]) -> list[Tile]:
         return [
-            next(tile for end, tile in rules if rows <= end and tile.kernels in kernels)
+            next((tile for end, tile in rules if rows <= end and tile.kernels in kernels), None)
             for kernels in CALLS for rows in ends
         ]  # fmt: skip
 
@@ -577,6 +590,9 @@ def _joined(rules: list[tuple[float, Tile]], ends: list[float]) -> list[tuple[fl
 def file_of(tables: Sequence[Table], within: float, old: Json | None = None, keep_default: bool = False) -> Json:
     """The content of a tile file: default rules, and shapes of their own where those cost more than ``within``.
 
+    A shape's own rules are for the calls that most kernels take; others pass over them, to the default rules. They go
+    little further than the most rows per expert that were measured; beyond, the default rules know more.
+
     ``tables``: those of :func:`tables_of`, at least one. ``old``: a file whose shapes that were not tuned now stay, and
     whose default rules do too with ``keep_default``.
     """
@@ -591,17 +607,16 @@ def file_of(tables: Sequence[Table], within: float, old: Json | None = None, kee
         rules = merged(chains)
     shapes = {tuple(shape[name] for name in SIZES): shape for shape in (old or {}).get("shapes", [])}
     for shape in dict.fromkeys(point.shape for table in tables for point in table.times):
-        own = [(table, [point for point in table.times if point.shape == shape]) for table in tables]
-        own = [(table, points) for table, points in own if points]
-        costs = [table.over_best(p, chosen(rules, p, table.kernels)) for table, points in own for p in points]
+        table = next(table for table in tables if any(point.shape == shape for point in table.times))
+        points = [point for point in table.times if point.shape == shape]
+        costs = [table.over_best(point, chosen(rules, point, table.kernels)) for point in points]
         shapes.pop(shape, None)
         if any(c is None or c > 1 + within for c in costs):
-            chains = []
-            for table, points in own:
-                here = table.candidates(points, max(within, 0.25))
-                chain = reduce(points, here, table.over_best, within) or reduce(points, here, table.over_best, None)
-                chains.append(chain)
-            shapes[shape] = {**dict(zip(SIZES, shape)), "tiles": merged(chains)}
+            here = table.candidates(points, max(within, 0.25))
+            chain = reduce(points, here, table.over_best, within) or reduce(points, here, table.over_best, None)
+            most = max(point.rows for point in points)
+            chain[-1][LIMIT] = limit_between(most, 1.25 * most)
+            shapes[shape] = {**dict(zip(SIZES, shape)), "tiles": merged([chain])}
     return {"tiles": rules} | ({"shapes": list(shapes.values())} if shapes else {})
 
 

@@ -9,8 +9,7 @@ the order of things to us. What it does beyond the plain kernel:
   become bf16 in registers, in five instructions a pair, from codes that a lane reads 16 at a time.
 - A lane's 16 codes are neighbours in memory, which the matrix instruction's operand is not: the product runs over K in
   another order within each 64, ``PRODUCT_ORDER``, in which the activations are stored.
-- The rest of an expert that fills at most half a tile takes a product of half the width; of 128 slots, one that fills
-  no more than three quarters a product of a quarter besides.
+- The rest of an expert that fills at most half a tile takes a product of half the width.
 - Few rows of an expert take a tile of half as many weight rows: its two products are those of every other step.
 - Of the activations it loads no more than such a product takes: what multiprocessors read from the L2 cache is the
   limit where tiles are half full.
@@ -54,8 +53,8 @@ once, so that memory is read in longer pieces."""
 
 @constexpr_function
 def slots_of_a_copy(block_m):
-    """Of a tile's ``block_m``: products are of half of them, or of some copies more."""
-    return 32 if block_m == 128 else block_m // 2 if block_m > 16 else block_m
+    """Of a tile's ``block_m``: products are of one copy, or of two."""
+    return block_m // 2 if block_m > 16 else block_m
 
 
 GATE_AND_UP = (3, 2, 5, 1, 4, 0)
@@ -269,11 +268,6 @@ _FINISH = gl.constexpr(
 in which programs were counted."""
 
 
-_ZERO = gl.constexpr("mov.b32 $0, 0;")
-"""A number that the compiler does not know: what is computed from it stays in its loop, and takes no register
-outside."""
-
-
 @gluon.jit
 def _put(ring, stage, value):
     """A number to tell the other warps, from the loader."""
@@ -305,7 +299,6 @@ def _load(
     box: gl.constexpr = min(COLUMNS, BOX)
     BYTES: gl.constexpr = HALVES * BLOCK_N * COLUMNS
     COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
-    LEAST: gl.constexpr = max(BLOCK_M // 2, COPY)
     column_tiles: gl.constexpr = ((whole_steps(N) if HALVES == 2 else N) + BLOCK_N - 1) // BLOCK_N
     stage = 0
     phase = 1
@@ -346,12 +339,11 @@ def _load(
                     mbarrier.arrive(told.index(stage), count=1)
                 if GATHER:
                     mbarrier.expect(full.index(stage), BYTES)
+                elif COPY == BLOCK_M:
+                    mbarrier.expect(full.index(stage), BYTES + COPY * COLUMNS * 2)
                 else:
-                    for most in gl.static_range(LEAST, BLOCK_M + 1, COPY):
-                        mbarrier.expect(
-                            full.index(stage), BYTES + most * COLUMNS * 2,
-                            pred=(most == LEAST or slots > most - COPY) and (most == BLOCK_M or slots <= most),
-                        )  # fmt: skip
+                    mbarrier.expect(full.index(stage), BYTES + COPY * COLUMNS * 2, pred=slots <= COPY)
+                    mbarrier.expect(full.index(stage), BYTES + BLOCK_M * COLUMNS * 2, pred=slots > COPY)
                 for i in gl.static_range(COLUMNS // box):
                     at = w_ring.index(stage * (COLUMNS // box) + i)
                     load_async(w, [expert, 0, n, k + i * box], full.index(stage), at)
@@ -361,7 +353,7 @@ def _load(
                         for slot in gl.static_range(0, BLOCK_M, COPY):
                             load_async(
                                 x, [first + slot, k + i * STEP], full.index(stage), at.slice(slot, COPY),
-                                pred=slot < LEAST or slots > slot,
+                                pred=slot == 0 or slots > slot,
                             )  # fmt: skip
                 if k == give:
                     taken = gl.inline_asm_elementwise(
@@ -503,21 +495,15 @@ def _before(stage, STAGES: gl.constexpr, TURNS: gl.constexpr):
 @gluon.jit
 def _multiply(
     ring, scales, rows0, rows1, trips, skipped, stage, phase,
-    K: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, STEPS: gl.constexpr, ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr,
-    GATHER: gl.constexpr,
+    K: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
+    STEPS: gl.constexpr, ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """The two products [GROUP, M] fp32 of a tile, those [GROUP, MORE] of the slots after these, if MORE is not 0, and
-    the next stage and phase. A word of scale bytes lasts for STEPS steps. HALVED: of the same rows, one of every other
-    step. TURNS is 2: of every other stage."""
+    """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
+    steps. HALVED: of the same rows, one of every other step. TURNS is 2: of every other stage."""
     x_ring, w_ring, full, empty = ring
     TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, M, 16]
     )
-    MORE_TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, MORE if MORE > 0 else M, 16]
-    )
-    PENDING: gl.constexpr = 2 if MORE > 0 else 1  # products that are under way while others' weights become bf16
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=TOTAL, k_width=2)
     box: gl.constexpr = min(COLUMNS, BOX)
     gl.static_assert(not HALVED or COLUMNS > STEP, "a halved tile takes two steps at a time")
@@ -526,15 +512,10 @@ def _multiply(
     # Stages that are the same in each trip are known to the compiler.
     FIXED: gl.constexpr = STEPS // PARTS % STAGES == 0
     # So many trips before their use, scale bytes are read; a wide product leaves no registers for more.
-    AHEAD: gl.constexpr = 2 if M + MORE <= 64 else 1
+    AHEAD: gl.constexpr = 2 if M <= 64 else 1
     LAST: gl.constexpr = 1 if HALVED else 0  # of the steps that a pass of the loop below takes
     total0 = gl.zeros([GROUP, M], gl.float32, TOTAL)
     total1 = warpgroup_mma_init(gl.zeros([GROUP, M], gl.float32, TOTAL))
-    more0 = total0
-    more1 = total1
-    if MORE > 0:
-        more0 = gl.zeros([GROUP, MORE], gl.float32, MORE_TOTAL)
-        more1 = warpgroup_mma_init(gl.zeros([GROUP, MORE], gl.float32, MORE_TOTAL))
     left1 = gl.zeros([GROUP, STEP], gl.bfloat16, LEFT)
     # Of a step's two bytes a lane needs that of its block, and each in 16 bits.
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, ORDER))
@@ -548,9 +529,6 @@ def _multiply(
         next1 = next0 if HALVED else _scale_words(scales, rows1, ahead, K, STEPS)
     for i in range(trips):
         values = _scale_values(word0, word1, selector, STEPS, HALVED)
-        here = 0
-        if x_ring.shape[1] == 128:
-            here = gl.inline_asm_elementwise(_ZERO, "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
         if AHEAD == 2:
             word0 = next0
             word1 = next1
@@ -562,7 +540,7 @@ def _multiply(
                 ahead = gl.minimum(i + 1, trips - 1) * TURNS + skipped
                 word0 = _scale_words(scales, rows0, ahead, K, STEPS)
                 word1 = _scale_words(scales, rows1, ahead, K, STEPS)
-            at = (step // PARTS % STAGES if FIXED else stage) + here
+            at = step // PARTS % STAGES if FIXED else stage
             before = (step // PARTS + STAGES - 1) % STAGES if FIXED else _before(stage, STAGES, TURNS)
             if step % PARTS == 0:
                 mbarrier.wait(full.index(at), phase)
@@ -573,17 +551,11 @@ def _multiply(
                 codes = codes.reshape(((1 if HALVED else 2) * GROUP, box))
                 parts0 = _steps(codes.slice(0, GROUP).load(CODES))
                 parts1 = parts0 if HALVED else _steps(codes.slice(GROUP, GROUP).load(CODES))
-            x_step = x_ring.index(at * PARTS + step % PARTS)
-            x_tile = x_step.slice(0, M).permute((1, 0))
+            x_tile = x_ring.index(at * PARTS + step % PARTS).slice(0, M).permute((1, 0))
             # left0 and left1 are handed through the waits, since the matrix unit reads them until then.
             left0 = _upcast(parts0[step % (box // STEP)], values[step // 2], step % 2, ORDER, LEFT)
             total0 = warpgroup_mma(left0, x_tile, total0, is_async=True)
-            if MORE > 0:
-                x_more = x_step.slice(M, MORE).permute((1, 0))
-                more0 = warpgroup_mma(left0, x_more, more0, is_async=True)
-                total1, more1, left1 = warpgroup_mma_wait(PENDING, [total1, more1, left1])
-            else:
-                total1, left1 = warpgroup_mma_wait(PENDING, [total1, left1])
+            total1, left1 = warpgroup_mma_wait(1, [total1, left1])
             if step % PARTS == 0:
                 mbarrier.arrive(empty.index(before), count=1, pred=i + step > 0)
             if HALVED:
@@ -594,11 +566,7 @@ def _multiply(
                     parts1[step % (box // STEP)], values[(STEPS + 1) // 2 + step // 2], step % 2, ORDER, LEFT
                 )  # fmt: skip
             total1 = warpgroup_mma(left1, x_tile, total1, is_async=True)
-            if MORE > 0:
-                more1 = warpgroup_mma(left1, x_more, more1, is_async=True)
-                total0, more0, left0 = warpgroup_mma_wait(PENDING, [total0, more0, left0])
-            else:
-                total0, left0 = warpgroup_mma_wait(PENDING, [total0, left0])
+            total0, left0 = warpgroup_mma_wait(1, [total0, left0])
             if FIXED:
                 if (step + LAST) % (PARTS * STAGES) == PARTS * STAGES - 1:
                     phase ^= 1
@@ -607,14 +575,9 @@ def _multiply(
                 if stage >= STAGES:
                     stage -= STAGES
                     phase ^= 1
-    if MORE > 0:
-        total1, more1, left1 = warpgroup_mma_wait(0, [total1, more1, left1])
-    else:
-        total1, left1 = warpgroup_mma_wait(0, [total1, left1])
-        more0 = total0
-        more1 = total1
+    total1, left1 = warpgroup_mma_wait(0, [total1, left1])
     mbarrier.arrive(empty.index(STAGES - 1 if FIXED else _before(stage, STAGES, TURNS)), count=1)
-    return total0, total1, more0, more1, stage, phase
+    return total0, total1, stage, phase
 
 
 @gluon.jit
@@ -746,12 +709,12 @@ def _finish(
 @gluon.jit
 def _tile(
     ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, MORE: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
     LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
     GATHER: gl.constexpr,
 ):  # fmt: skip
-    """A tile of M + MORE slots; the next stage and phase."""
+    """A tile of M slots; the next stage and phase."""
     ROWS: gl.constexpr = 2 * N if GATE_UP else N
     HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
     ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
@@ -764,9 +727,9 @@ def _tile(
     rows1 = rows0
     if not HALVED:
         rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * PIECES
-    total0, total1, more0, more1, stage, phase = _multiply(
+    total0, total1, stage, phase = _multiply(
         ring, scales, rows0, rows1, trips, skipped, stage, phase,
-        K, M, MORE, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS, GATHER,
+        K, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS, GATHER,
     )  # fmt: skip
     if HALVED:
         total0 += total1
@@ -788,9 +751,6 @@ def _tile(
             mbarrier.arrive(received, count=1)
     if TURN == 0:
         _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
-        if MORE > 0:
-            first += M
-            _finish(more0, more1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
     return stage, phase
 
 
@@ -825,19 +785,13 @@ def _compute(
         if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
             stage, phase = _tile(
                 ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-                K, N, BLOCK_M // 2, 0, BLOCK_N, GROUP,
-                COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, TURNS, TURN, GATHER,
-            )  # fmt: skip
-        elif BLOCK_M == 128 and end - first <= 96:
-            stage, phase = _tile(
-                ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-                K, N, 64, 32, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 TURNS, TURN, GATHER,
             )  # fmt: skip
         else:
             stage, phase = _tile(
                 ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-                K, N, BLOCK_M, 0, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
+                K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 TURNS, TURN, GATHER,
             )  # fmt: skip
         number += 1
