@@ -25,8 +25,8 @@ SHAPE = {"hidden": 64, "intermediate": 32, "experts": 4, "topk": 2, "tiles": [LA
 def test_a_shipped_file_obeys_the_rules(path):
     config = configs.parse(path.name, json.loads(path.read_text()))
     for rules in (config.tiles, *config.shapes.values()):
-        for kernels, columns in {(tiles.kernels, tiles.columns) for tiles in rules}:
-            alike = [tiles for tiles in rules if (tiles.kernels, tiles.columns) == (kernels, columns)]
+        for kernels, more_than in {(tiles.kernels, tiles.more_than) for tiles in rules}:
+            alike = [tiles for tiles in rules if (tiles.kernels, tiles.more_than) == (kernels, more_than)]
             limits = [tiles.rows_per_expert for tiles in alike]
             assert kernels != "gemm" or limits[-1] is None
             assert limits[:-1] == sorted(set(limits[:-1]))

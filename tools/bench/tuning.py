@@ -541,12 +541,12 @@ def reduce(
 
 
 def merged(chains: Sequence[list[Json]]) -> list[Json]:
-    """The rules of a file, for all calls that ``chains`` are for. ``chains``: rules for calls that are admitted to fewer and fewer
-    kernels, the last to "gemm" alone.
+    """The rules of a file. ``chains``: rules for calls that are admitted to fewer and fewer kernels; those of a file's
+    default rules end with one for "gemm" alone.
 
     Up to each limit in turn there is the rule of the first chain, and, unless that serves every call, the next chain's
     for those that pass over it, until one serves every call. So limits rise for each kind of kernels, and the last rule
-    is of "gemm". Then rules are joined as long as every call has the same tile as before.
+    is of "gemm" if a chain is. Then rules are joined as long as every call has the same tile as before.
     """
     chains = [[(_end(rule), Tile.of_file(rule)) for rule in chain] for chain in chains]
     ends = sorted({end for chain in chains for end, _ in chain})

@@ -57,9 +57,10 @@ class Gemm:
     more, num_stages is even, and block_m at most MOST_IN_TURNS."""
     options: dict = field(default_factory=dict, hash=False)
 
-    def takes(self, columns: int) -> bool:
-        """Whether weights with that many columns have a stage for each turn."""
-        return columns > (self.turns - 1) * self.block_k
+    @property
+    def more_than(self) -> int:
+        """How many columns weights must have more than, for a stage for each turn."""
+        return (self.turns - 1) * self.block_k
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class Tiles:
         return "matvec" if self.block_m == 1 else "hopper" if self.gemm1.programs else "gemm"
 
     @property
-    def columns(self) -> tuple[int, int]:
+    def more_than(self) -> tuple[int, int]:
         """What H and I must be more than."""
-        return tuple((gemm.turns - 1) * gemm.block_k for gemm in (self.gemm1, self.gemm2))
+        return self.gemm1.more_than, self.gemm2.more_than
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,14 @@ def _rules(where: str, rules: list[dict], for_all: bool) -> tuple[Tiles, ...]:
         here = f"{where}, rule {i}"
         tiles = rule(here, data)
         rows, kernels, last = tiles.rows_per_expert, tiles.kernels, i == len(rules) - 1
-        limit = before.get((kernels, tiles.columns), 0.0)
+        limit = before.get((kernels, tiles.more_than), 0.0)
         if rows is None:
             fits = last or kernels != "gemm" and limit < math.inf
         else:
             fits = not (last and for_all) and type(rows) in (int, float) and rows > limit
         if not fits:
             raise ValueError(f"{here}: rows_per_expert is {rows!r}; it takes rising numbers, and null in the last rule")
-        before[kernels, tiles.columns] = math.inf if rows is None else rows
+        before[kernels, tiles.more_than] = math.inf if rows is None else rows
         result.append(tiles)
     if not result:
         raise ValueError(f"{where}: there is no rule; it takes one or more")

@@ -346,8 +346,9 @@ def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
         return False
     if tiles.kernels == "matvec":
         return True
-    in_turns = tiles.gemm1.takes(call.hidden) and tiles.gemm2.takes(call.intermediate)
-    return target.capability == 90 and call.hidden % 64 == 0 and in_turns
+    if call.hidden <= tiles.gemm1.more_than or call.intermediate <= tiles.gemm2.more_than:
+        return False
+    return target.capability == 90 and call.hidden % 64 == 0
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
