@@ -520,8 +520,7 @@ def test_a_whole_run(tuner, monkeypatch, tmp_path, capsys):
         listed(json.loads(out.read_text())["tiles"]),
         """\
 1: matvec 1, 64 x 128 2 1 0, 64 x 128 1 1 0
-3: hopper 8, 64 x 128 4 2 1, 128 x 128 4 2 1
-None: hopper 16, 64 x 64 4 2 2, 128 x 64 4 2 2
+None: hopper 16, 64 x 128 4 2 1, 128 x 128 4 2 1
 None: gemm 16, 128 x 256 4 2 0, 128 x 256 4 2 0""",
     )
     assert "calls take 1.0" in said and "was not measured" not in said

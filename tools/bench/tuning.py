@@ -32,10 +32,10 @@ CALLS = (("hopper", "matvec", "gemm"), ("matvec", "gemm"), ("gemm",))
 MATVEC_ROWS = 1
 """Rows per expert beyond which a route by itself is not tried, and does not go into a file."""
 
-SKEW, SKEWED_BELOW = 4, 32
-"""Points are measured with uniform routing, under which small tiles look good that many rows of one expert would take
-many of. So a tile of "hopper" with fewer than SKEWED_BELOW slots has to hold SKEW times the rows that an expert gets;
-one of SKEWED_BELOW hardly costs more."""
+ROOM = {8: 1, 16: 4}
+"""Of small tiles of "hopper", by block_m, the most rows per expert that they are tried for. Points are measured with
+uniform routing; with another one a popular expert takes many of them (docs/hopper.md: with Zipf routing, T = 64 lost 4
+to 10 percent by 8 slots in the place of 16)."""
 
 _MATVEC = {
     "rule": {"block_m": (1,)},
@@ -362,7 +362,7 @@ def candidates_of(rules: Sequence[Json]) -> Candidates:
 
 def has_room(point: Point, rule: Json) -> bool:
     """Whether a rule's tile is large enough for routing that is not uniform."""
-    return kernels_of(rule) != "hopper" or rule["block_m"] >= min(SKEWED_BELOW, SKEW * point.rows)
+    return kernels_of(rule) != "hopper" or point.rows <= ROOM.get(rule["block_m"], math.inf)
 
 
 def rules_of_space(kernels: str, space: dict[str, tuple]) -> list[Json]:
