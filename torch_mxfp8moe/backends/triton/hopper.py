@@ -11,8 +11,7 @@ the order of things to us. What it does beyond the plain kernel:
   another order within each 64, ``PRODUCT_ORDER``, in which the activations are stored.
 - The rest of an expert that fills at most half a tile takes a product of half the width.
 - Few rows of an expert take a tile of half as many weight rows: its two products are those of every other step.
-- Of the activations it loads no more than such a product takes: what multiprocessors read from the L2 cache is the
-  limit where tiles are half full.
+- Of the activations it loads no more than such a product takes: a full tile's are twice as many bytes as its weights.
 - TURNS is 2: two groups of warps share a tile, each with the products of every other stage. One tile at a time on a
   multiprocessor ends in half the time of one of two, which is what the last tiles of a launch cost.
 - GATHER: beside the loader, two warps fetch the row of each slot's token, which nobody has to copy to the slot before.
@@ -337,7 +336,6 @@ def _load(
                 _put(columns, stage, column_tile)
                 if GATHER:
                     mbarrier.arrive(told.index(stage), count=1)
-                if GATHER:
                     mbarrier.expect(full.index(stage), BYTES)
                 elif COPY == BLOCK_M:
                     mbarrier.expect(full.index(stage), BYTES + COPY * COLUMNS * 2)
