@@ -611,7 +611,7 @@ def test_a_tile_that_was_not_measured_there_does_not_serve():
     assert len(tuning.reduce([a, b], [tile(16, 2), tile(16, 3)], one.over_best, 0.02)) == 2
     assert tuning.reduce([a, b], [tile(16, 2)], one.over_best, 0.02) is None
     soft = lambda per_rule: tuning.reduce([a, b], [tile(16, 2), tile(16, 3)], one.over_best, None, per_rule)
-    assert len(soft(math.log(2) * 1.1)) == 1 and len(soft(math.log(2) * 0.9)) == 2  # it counts as twice the best
+    assert len(soft(math.log(1.3) * 1.1)) == 1 and len(soft(math.log(1.3) * 0.9)) == 2  # 1.3 times the best
 
 
 def test_block_m_never_falls():

@@ -493,7 +493,7 @@ def limit_between(low: float, high: float) -> float:
 
 def reduce(
     points: Sequence[Point], tiles: Sequence[Tile], cost: Callable[[Point, Tile], float | None], within: float | None,
-    per_rule: float = 0.0, unknown: float = 2.0,
+    per_rule: float = 0.0, unknown: float = 1.3,
 ) -> list[Json] | None:  # fmt: skip
     """Rules for ``points``, in order of their limits, whose block_m never falls.
 
@@ -591,7 +591,7 @@ def file_of(tables: Sequence[Table], within: float, old: Json | None = None, kee
     """The content of a tile file: default rules, and shapes of their own where those cost more than ``within``.
 
     A shape's own rules are for the calls that most kernels take; others pass over them, to the default rules. They go
-    little further than the most rows per expert that were measured; beyond, the default rules know more.
+    as far as the default rules cost too much; beyond, these know more.
 
     ``tables``: those of :func:`tables_of`, at least one. ``old``: a file whose shapes that were not tuned now stay, and
     whose default rules do too with ``keep_default``.
@@ -609,13 +609,14 @@ def file_of(tables: Sequence[Table], within: float, old: Json | None = None, kee
     for shape in dict.fromkeys(point.shape for table in tables for point in table.times):
         table = next(table for table in tables if any(point.shape == shape for point in table.times))
         points = [point for point in table.times if point.shape == shape]
-        costs = [table.over_best(point, chosen(rules, point, table.kernels)) for point in points]
+        costs = {point: table.over_best(point, chosen(rules, point, table.kernels)) for point in points}
         shapes.pop(shape, None)
-        if any(c is None or c > 1 + within for c in costs):
+        if dear := [point.rows for point, c in costs.items() if c is None or c > 1 + within]:
+            beyond = min((point.rows for point in points if point.rows > max(dear)), default=1.25 * max(dear))
+            points = [point for point in points if point.rows <= max(dear)]
             here = table.candidates(points, max(within, 0.25))
             chain = reduce(points, here, table.over_best, within) or reduce(points, here, table.over_best, None)
-            most = max(point.rows for point in points)
-            chain[-1][LIMIT] = limit_between(most, 1.25 * most)
+            chain[-1][LIMIT] = limit_between(max(dear), beyond)
             shapes[shape] = {**dict(zip(SIZES, shape)), "tiles": merged([chain])}
     return {"tiles": rules} | ({"shapes": list(shapes.values())} if shapes else {})
 
