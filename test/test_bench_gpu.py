@@ -148,9 +148,10 @@ def test_launches_are_named_by_their_kernels_and_weights(monkeypatch):
     from torch_mxfp8moe.backends.triton import fused_moe
     from torch_mxfp8moe.backends.triton.targets import Target
 
-    one = ["dispatch", "grouped_gemm w1", "grouped_gemm w2", "combine"]
     call = SMALL.call(8, "meta").with_out()
-    assert [label(launch) for launch in fused_moe.plan(call, Target("sm_90")).launches] == one
+    for arch, product in (("sm_80", "grouped_gemm"), ("sm_90", "warpgroup_gemm")):
+        one = ["dispatch", f"{product} w1", f"{product} w2", "combine"]
+        assert [label(launch) for launch in fused_moe.plan(call, Target(arch)).launches] == one
     monkeypatch.setattr(fused_moe, "LARGEST_WORKSPACE", 1500)
     assert [label(launch) for launch in fused_moe.plan(call, Target("sm_90")).launches][:8] == one * 2
 
