@@ -366,9 +366,18 @@ class _IntoLayout(Call):
     out_scale: torch.Tensor | None
 
     @property
+    def sources(self) -> dict[str, torch.Tensor]:
+        """What is read, by name, the weight first."""
+        raise NotImplementedError
+
+    @property
     def source_shape(self) -> Sequence[int]:
         """[E, R, C] of what is given (see ``layouts``)."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.sources.values())).device
 
     @property
     def arrangement(self) -> Layout:
@@ -378,6 +387,12 @@ class _IntoLayout(Call):
     def weight_shape(self) -> tuple[int, int, int]:
         """Of the result: [E, R, C], I rounded up."""
         return padded_intermediate(self.source_shape, self.gate_up, self.pad_to)
+
+    @cached_property
+    def scale_matrix(self) -> tuple[int, int, int]:
+        """Of the result's scales as their layout arranges them: [E, R, C/32], padded."""
+        experts, rows, columns = self.weight_shape
+        return experts, rows, self.arrangement.padded_scale_columns(columns)
 
     @cached_property
     def scale_shape(self) -> tuple[int, ...]:
@@ -424,6 +439,12 @@ class _IntoLayout(Call):
             self._contiguous("out_scale", out_scale)
             self._same_device(name, **{name: tensor, "out_weight": out_weight, "out_scale": out_scale})
 
+    def _check_memory(self) -> None:
+        if self.out_weight is not None:
+            out_weight, out_scale = self.outputs
+            self._not_overlapping("out_weight", out_weight, **self.sources)
+            self._not_overlapping("out_scale", out_scale, **self.sources, out_weight=out_weight)
+
 
 @dataclass(eq=False, repr=False)
 class Preshuffle(_IntoLayout):
@@ -440,8 +461,8 @@ class Preshuffle(_IntoLayout):
     op = "preshuffle"
 
     @property
-    def device(self) -> torch.device:
-        return self.weight.device
+    def sources(self) -> dict[str, torch.Tensor]:
+        return dict(weight=self.weight, scale=self.scale)
 
     @property
     def source_shape(self) -> Sequence[int]:
@@ -461,12 +482,6 @@ class Preshuffle(_IntoLayout):
         self._same_device("weight", weight=self.weight, scale=self.scale)
         self._check_fit("weight", self.weight, writes_out)
 
-    def _check_memory(self) -> None:
-        if self.out_weight is not None:
-            out_weight, out_scale = self.outputs
-            self._not_overlapping("out_weight", out_weight, weight=self.weight, scale=self.scale)
-            self._not_overlapping("out_scale", out_scale, weight=self.weight, scale=self.scale, out_weight=out_weight)
-
 
 @dataclass(eq=False, repr=False)
 class QuantizePreshuffle(_IntoLayout):
@@ -484,8 +499,8 @@ class QuantizePreshuffle(_IntoLayout):
     op = "quantize_preshuffle"
 
     @property
-    def device(self) -> torch.device:
-        return self.x.device
+    def sources(self) -> dict[str, torch.Tensor]:
+        return dict(x=self.x)
 
     @property
     def source_shape(self) -> Sequence[int]:
@@ -514,12 +529,6 @@ class QuantizePreshuffle(_IntoLayout):
         self._check_sizes("x", self.x)
         self._strided("x", self.x)
         self._check_fit("x", self.x, writes_out)
-
-    def _check_memory(self) -> None:
-        if self.out_weight is not None:
-            out_weight, out_scale = self.outputs
-            self._not_overlapping("out_weight", out_weight, x=self.x)
-            self._not_overlapping("out_scale", out_scale, x=self.x, out_weight=out_weight)
 
 
 @dataclass(eq=False, repr=False)

@@ -74,8 +74,7 @@ class Cpu(Backend):
         quantize, x = torch.ops.mxfp8moe.quantize_1x32.out, call.by_halves
         options = dict(scale_rounding=call.scale_rounding)
         out_weight, out_scale = (out.view(torch.uint8) for out in call.outputs)
-        experts, rows, columns = call.weight_shape
-        if call.arrangement is ROW_MAJOR and (rows, columns) == tuple(call.source_shape)[1:]:  # nothing moves
+        if call.arrangement is ROW_MAJOR and call.weight_shape == tuple(call.source_shape):  # nothing moves
             out_data, out_scale = (out.unflatten(1, x.shape[1:3]) for out in (out_weight, out_scale))
             quantize(x, **options, out_data=out_data.view(torch.float8_e4m3fn), out_scale=out_scale)
             return
@@ -83,7 +82,7 @@ class Cpu(Backend):
         data = torch.empty(x.shape[1:], dtype=torch.float8_e4m3fn, device=call.device)
         scale = torch.empty((*data.shape[:2], data.shape[2] // BLOCK), dtype=torch.uint8, device=call.device)
         quantized = [part.view(torch.uint8).flatten(0, 1).unsqueeze(0) for part in (data, scale)]
-        out_scale = out_scale.view(experts, rows, call.arrangement.padded_scale_columns(columns))
+        out_scale = out_scale.view(call.scale_matrix)
         for of_expert, *outputs in zip(x, out_weight, out_scale):
             quantize(of_expert, **options, out_data=data, out_scale=scale)
             _arrange(call, quantized, outputs)

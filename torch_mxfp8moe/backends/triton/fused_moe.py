@@ -163,7 +163,11 @@ class _Sorted(_Part):
         after_rows, self.workspace = self.workspace, start
         self.terms = self._scratch(term_dtype, self.routes, call.hidden)
         self.workspace = max(self.workspace, after_rows)
-        columns = -(-call.intermediate // 64) * 64 if self.specialized else call.intermediate  # its whole steps
+        columns = call.intermediate
+        if self.specialized:
+            from .hopper import whole_steps
+
+            columns = whole_steps(columns)
         self.inner = self._scratch(row_dtype, self.routes, columns)
         self.rows_scale = self.inner_scale = None
         if self.scaled:

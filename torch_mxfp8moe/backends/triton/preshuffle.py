@@ -91,11 +91,10 @@ def quantize_preshuffle_kernel(
 
 def preshuffle(call: Preshuffle) -> Plan:
     """What writes ``call.out_weight`` and ``call.out_scale`` of a call with experts."""
-    layout, (experts, rows, columns) = call.arrangement, call.weight_shape
-    scale_shape = (experts, rows, layout.padded_scale_columns(columns))
+    layout, experts = call.arrangement, call.weight_shape[0]
     parts = (
         ("weight", layout.weight[call.gate_up], call.weight_shape, 0),
-        ("scale", layout.scale[call.gate_up], scale_shape, SCALE_ONE),
+        ("scale", layout.scale[call.gate_up], call.scale_matrix, SCALE_ONE),
     )
     launches, halves = [], 2 if call.gate_up else 1
     for name, permutation, shape, fill in parts:
@@ -116,15 +115,15 @@ def quantize_preshuffle(call: QuantizePreshuffle) -> Plan:
     layout, (experts, rows, columns) = call.arrangement, call.weight_shape
     _, halves, source_rows, source_columns = call.by_halves.shape
     expert_stride, half_stride, row_stride, _ = call.by_halves.stride()
-    scale_shape = (experts, rows, layout.padded_scale_columns(columns))
-    block_c = min(COLUMNS_PER_PROGRAM, BLOCK.value * triton.next_power_of_2(scale_shape[2]))
-    tiles = triton.cdiv(rows, QUANTIZED_ROWS_PER_PROGRAM) * triton.cdiv(scale_shape[2] * BLOCK.value, block_c)
+    block_c = min(COLUMNS_PER_PROGRAM, BLOCK.value * triton.next_power_of_2(call.scale_matrix[2]))
+    tiles = triton.cdiv(rows, QUANTIZED_ROWS_PER_PROGRAM) * triton.cdiv(call.scale_matrix[2] * BLOCK.value, block_c)
     arguments = dict(
         x=Operand("x", call.x.dtype), out_weight=Operand("out_weight", torch.uint8),
         out_scale=Operand("out_scale", torch.uint8), ROUNDING=call.scale_rounding, HALVES=halves,
         EXPERT_STRIDE=expert_stride, HALF_STRIDE=half_stride, ROW_STRIDE=row_stride, SOURCE_ROWS=source_rows,
-        SOURCE_COLUMNS=source_columns, OUT_ROWS=rows, OUT_COLUMNS=columns, OUT_SCALE_COLUMNS=scale_shape[2],
+        SOURCE_COLUMNS=source_columns, OUT_ROWS=rows, OUT_COLUMNS=columns, OUT_SCALE_COLUMNS=call.scale_matrix[2],
         **order("WEIGHT_", layout.weight[call.gate_up], call.weight_shape),
-        **order("SCALE_", layout.scale[call.gate_up], scale_shape), BLOCK_R=QUANTIZED_ROWS_PER_PROGRAM, BLOCK_C=block_c,
+        **order("SCALE_", layout.scale[call.gate_up], call.scale_matrix),
+        BLOCK_R=QUANTIZED_ROWS_PER_PROGRAM, BLOCK_C=block_c,
     )  # fmt: skip
     return Plan([Launch(quantize_preshuffle_kernel, (experts * tiles,), arguments)])
