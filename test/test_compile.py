@@ -153,7 +153,7 @@ def test_nodes_of_quantize_preshuffle():
     """Of rows that take turns, as the module gives them to it."""
 
     def function(x):
-        halves = x.unflatten(1, (-1, 2)).transpose(1, 2)
+        halves = x.view(2, 96, 2, 256).transpose(1, 2)
         options = dict(layout="aiter_gfx950", gate_up=True, pad_to=128)
         weight, scale = torch_mxfp8moe.quantize_preshuffle(halves, **options)
         out = torch.empty_like(weight), torch.empty_like(scale)
@@ -163,7 +163,7 @@ def test_nodes_of_quantize_preshuffle():
     assert_expected_inline(
         captured(function, randn(2, 192, 256, dtype=torch.bfloat16)),
         """\
-call_method unflatten
+call_method view
 call_method transpose
 call_function mxfp8moe.quantize_preshuffle
 call_function <built-in function getitem>
@@ -362,7 +362,7 @@ def test_inductor_on_quantize_preshuffle():
     options = dict(layout="aiter_gfx950", gate_up=True, pad_to=128)
 
     def function(x, weight, scale):
-        halves = torch.mul(x, 2).unflatten(1, (-1, 2)).transpose(1, 2)
+        halves = torch.mul(x, 2).view(2, 96, 2, 256).transpose(1, 2)
         torch_mxfp8moe.quantize_preshuffle(halves, **options, out=(weight, scale))
         return torch_mxfp8moe.quantize_preshuffle(halves, "floor", **options)
 

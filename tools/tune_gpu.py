@@ -346,7 +346,8 @@ def work(args) -> int:
     start, left = time.time(), until - time.time()
     with torch.inference_mode():
         # Then what turned out good elsewhere is tried everywhere, for rules to share, in the last fifth of the time.
-        passes = ((True, start + 0.8 * left), (False, until)) if tuner.candidates is None else ((False, until),)
+        # Candidates: rows that a share of the time was too short for go on in what is left.
+        passes = ((True, start + 0.8 * left), (False, until)) if tuner.candidates is None else ((False, until),) * 2
         for number, (descend, end) in enumerate(passes):
             for i, name in enumerate(args.rows):
                 share = (end - time.time()) / (len(args.rows) - i)
