@@ -202,3 +202,23 @@ def check_right_operands(text: str, apart: int = 0) -> None:
             )
             missed -= set(addresses)
     raise AssertionError(f"no path came by the matrix instructions at {[f'{a:#x}' for a in sorted(missed)]}")
+
+
+MET = re.compile(r"\b(?:bar\.warp\.sync|bar\.sync|barrier\.sync)\b")
+TELLS = re.compile(r"(?<!cp\.async\.)\bmbarrier\.arrive\b")  # of a copy, each lane tells for itself
+TOUCHES = re.compile(r"\b(?:ld|st)\.shared\b")
+
+
+def check_told_in_order(ptx: str) -> None:
+    """Between a warp's own reads and writes of shared memory and the mbarrier by which others learn of them, its lanes,
+    or the warps of its group, meet: else one lane tells what another has not done."""
+    touched, told = None, 0
+    for number, line in enumerate(ptx.splitlines(), 1):
+        if MET.search(line):
+            touched = None
+        elif TOUCHES.search(line):
+            touched = number, line.strip()
+        elif TELLS.search(line):
+            told += 1
+            assert touched is None, f"line {number} tells of what line {touched[0]} does: {touched[1]}"
+    assert told, "nothing is told"

@@ -77,6 +77,27 @@ def test_wrong_distances_are_seen(old, new):
         sass.check_right_operands(one_width.replace(old, new))
 
 
+LOADER = """
+ st.shared.b64  [%r60+100416], %rd3;
+ bar.warp.sync  -1;
+ @%p9 mbarrier.arrive.expect_tx.shared.b64 _, [%r40], 24576;
+ ld.shared.v4.b32  {%r312, %r314, %r315, %r316}, [%r420+49152];
+ bar.sync  0, 128;
+ @%p47 mbarrier.arrive.shared::cta.b64 _, [%r338];
+"""
+
+
+@pytest.mark.parametrize(
+    "meeting, of", [(" bar.warp.sync  -1;\n", "st.shared.b64"), (" bar.sync  0, 128;\n", "ld.shared.v4")]
+)
+def test_what_is_told_too_early_is_seen(meeting, of):
+    sass.check_told_in_order(LOADER)
+    with pytest.raises(AssertionError, match=f"tells of what line . does: {of}"):
+        sass.check_told_in_order(LOADER.replace(meeting, ""))
+    with pytest.raises(AssertionError, match="nothing is told"):
+        sass.check_told_in_order(meeting)
+
+
 def _halves(operation, *words: torch.Tensor) -> torch.Tensor:
     """``operation`` on both 16 bits of each word."""
     low, high = (operation(*(word >> shift & 0xFFFF for word in words)) & 0xFFFF for shift in (0, 16))

@@ -139,6 +139,7 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
             halved = arguments["BLOCK_N"] * (1 + arguments["GATE_UP"]) == 16 * launch.options["num_warps"]
             apart = 128 * arguments["BLOCK_M"] if halved else 0  # the next 64 columns' activations
             sass.check_right_operands(sass.disassemble(kernel.asm["cubin"]), apart)
+            sass.check_told_in_order(kernel.asm["ptx"])
             programs = (1 << 16) // (launch.options["maxnreg"] * 32 * code.warps)
             assert programs * code.shared <= machine_code.SHARED[arch], f"{programs} do not fit: {code.summary}"
         else:  # down_kernel may keep a word or two, stored before its loop, for after it
