@@ -11,6 +11,7 @@ import device
 import torch_mxfp8moe as mx
 from helpers import TOLERANCE, only_cpu, run_python
 from pages import ROOT, blocks
+from shapes import rows
 from torch_mxfp8moe import extension
 
 DOCS = ROOT / "docs"
@@ -51,6 +52,16 @@ def run(page: str) -> dict:
         linecache.cache[file] = len(code), None, code.splitlines(keepends=True), file  # for tracebacks
         exec(compile(code, file, "exec"), names)
     return names
+
+
+@only_cpu
+def test_shapes_of_a_model_of_your_own(tmp_path):
+    (text,) = blocks(DOCS / "gpu.md", "csv")
+    (tmp_path / "my_model.csv").write_text(text)
+    found = rows(tmp_path / "my_model.csv")
+    assert {name: (row.intermediate, row.local) for name, row in found.items()} == {
+        "MyModel TP4": (384, 64), "MyModel EP8": (1536, 8),
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(device.NAME == "interpreter", reason="the page is about a GPU's graphs or a CPU's kernels")

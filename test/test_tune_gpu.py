@@ -59,6 +59,7 @@ def test_a_shipped_file_survives_reading_and_writing(path):
     text = path.read_text()
     assert tuning.dump(json.loads(text)) == text
     config = configs.parse(path.name, json.loads(text))
+    assert tuning.json_of(config) == json.loads(text)
     for rule, tiles in zip(json.loads(text)["tiles"], config.tiles, strict=True):
         parts = [tuning.gemm_json(getattr(tiles, gemm)) for gemm in GEMMS]
         shared = tuning.normal({"block_m": rule["block_m"], "gather": tiles.gather, "kernels": tiles.kernels})
@@ -75,7 +76,7 @@ def test_a_file_with_shapes_survives():
     shapes = [shape | {"tiles": [rule | {"rows_per_expert": 4}, rule]}, shape | {"topk": 3, "tiles": [rule]}]
     data = {"tiles": [rule], "shapes": shapes}
     text = tuning.dump(data)
-    assert json.loads(text) == data and configs.parse("x", json.loads(text)) == configs.parse("x", data)
+    assert json.loads(text) == data == tuning.json_of(configs.parse("x", data))
     assert all(len(line) < 330 for line in text.splitlines()) and text.count("\n") == 14
 
 
@@ -169,7 +170,7 @@ def test_what_a_hopper_tile_holds_is_not_more_than_is_counted(block_m, warps, st
         tile = {"block_n": block_n, "block_k": 64, "num_warps": warps, "num_stages": stages, "programs": programs}
         tile |= {"turns": 2} if turns == 2 else {}
         gemms = {name: key(one) for name, one in tuning.with_partner(part, rule, tile).items()}
-        task = Task("Qwen3-30B-A3B TP1", (64,), "mxfp8", "sm_90", part, key(rule), **gemms)
+        task = Task(rows()["Qwen3-30B-A3B TP1"], (64,), "mxfp8", "sm_90", part, key(rule), **gemms)
         (kernel,) = compile_offline(task.launches(), Target("sm_90"))
         assert tuning.fits(part, rule, tile) == (programs * kernel.metadata.shared <= 227 << 10) == fit
 
@@ -281,6 +282,15 @@ class Fake:
         us = 10.0 + abs(math.log2(tile["block_n"] / 128)) + tile["num_stages"] / 8 + rule["block_m"] / 64
         us += {"hopper": 2.0 if self.T == 16 else -2.0, "gemm": 0.0, "matvec": -2.0}[tuning.kernels_of(rule)]
         return Result("wrong", us, "planted") if tile["num_warps"] == 8 else Result("ok", us)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Shapes of a user's own: "Mine TP4", and one that is named as one of test/shapes.csv and is not that."""
+    path = tmp_path / "mine.csv"
+    lines = "Mine,1024,1024,32,4,TP4", "GLM-5,1024,1024,32,4,TP4"
+    path.write_text("\n".join(("model,hidden,intermediate,experts,topk,parallel", *lines)))
+    return path
 
 
 @pytest.fixture
@@ -529,6 +539,29 @@ None: gemm 16, 128 x 256 4 2 0, 128 x 256 4 2 0""",
     assert configs.parse("file", json.loads(out.read_text())) == config
 
 
+def test_a_whole_run_of_rows_of_a_file(tuner, file, monkeypatch, tmp_path, capsys):
+    """Into the package's file for this GPU, which is not there yet: with the rules by which such calls were served."""
+    from torch_mxfp8moe.backends import triton as backend
+
+    served = tuning.json_of(configs.load("sm_90", "bf16"))
+    (tmp_path / "triton").mkdir()
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "X")
+    monkeypatch.setattr(backend.BACKEND, "target", lambda device: Target("sm_90"))
+    monkeypatch.setenv(tune_gpu.UNTIL, str(time.time() + 100))
+    options = ["--tokens", "16", "64", "--activations", "bf16", "--journal", str(tmp_path / "j.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["tune_gpu.py", "--shapes", str(file), "--rows", "Mine TP4", *options])
+    assert tune_gpu.main() == 0
+    said = capsys.readouterr().out
+    assert "Mine TP4: all launches, us" in said and "default rules (kept), 1 shapes of their own" in said
+    written = json.loads((tmp_path / "triton" / "sm_90-bf16.json").read_text())
+    assert written["tiles"] == served["tiles"]
+    assert [one[name] for one in written["shapes"] for name in tuning.SIZES] == [1024, 256, 32, 4]
+    points = {trial.point.layer for trial in Journal(tmp_path / "j.jsonl", None).results}
+    assert points == {("Mine TP4", (1024, 256, 32, 4))}
+
+
 def test_workers_follow_one_another(tmp_path):
     args = tune_gpu.parse(["--journal", str(tmp_path / "j.jsonl"), "--minutes", "5"])
 
@@ -709,6 +742,25 @@ def test_a_file_is_made_of_a_journal_without_a_gpu(tmp_path, monkeypatch, capsys
     assert told(data["tiles"]) == [(None, 16, 2)] and data["shapes"][0]["hidden"] == 6144  # one row leaves them alone
 
 
+@pytest.mark.parametrize("default, kept", [((), True), (("--default", "replace"), False)])
+def test_rows_of_a_file_leave_the_rules_of_others(tmp_path, monkeypatch, default, kept):
+    """Also where the journal has rows of all the names of test/shapes.csv, in other sizes. Replaced if that is said."""
+    path, out = tmp_path / "j.jsonl", tmp_path / "sm_90.json"
+    journal = Journal(path, {"gpu": "X"})
+    for name, part, T in itertools.product(rows(), (*GEMMS, REST), (1, 64)):
+        journal.finish(trial(T, part, shape=(1024, 256, 32, 4), row=name), Result("ok", 10.0))
+    old = json.loads((configs.FOLDER / "triton" / "sm_90.json").read_text())
+    other = dict(zip(tuning.SIZES, (96, 32, 4, 2))) | {"tiles": [tile(16, 4).json(None)]}
+    old["shapes"] = [other, *old.get("shapes", [])]
+    out.write_text(tuning.dump(old))
+    monkeypatch.setattr(sys, "argv", ["tune_gpu.py", "--write", "--journal", str(path), "--out", str(out), *default])
+    assert tune_gpu.main() == 0
+    data = json.loads(out.read_text())
+    assert data["shapes"][: len(old["shapes"])] == old["shapes"] and (data["tiles"] == old["tiles"]) == kept
+    mine = [shape for shape in data["shapes"] if shape["hidden"] == 1024]
+    assert [told(shape["tiles"]) for shape in mine] == ([[(9, 16, 2)]] if kept else [])
+
+
 PLAIN, WIDER = tile(16, 2), tile(64, 3)
 SPECIAL = [Tile.of({"block_m": m, "kernels": "hopper"}, *PARTNERS["hopper"].values()) for m in (32, 64)]
 BY_ROUTE = [
@@ -790,6 +842,16 @@ def test_calls_that_pass_over_a_rule_have_the_best_one_below():
 None: hopper 64, 64 x 64 4 4 2, 128 x 64 4 4 2
 None: gemm 64, 64 x 64 4 3 0, 64 x 64 4 3 0""",
     )
+
+
+def test_rows_of_one_name_and_other_sizes_are_not_one():
+    """A row that was corrected in its file after it had been tuned: "hopper" takes the calls of its new sizes alone."""
+    results, new = {}, (128, 64, 4, 2)
+    for shape, one in ((SHAPE, PLAIN), (new, PLAIN), (new, SPECIAL[0])):
+        for part, name in one.parts.items():
+            results[Trial(point(1, shape), part, one.rule, name)] = Result("ok", 1.0)
+    found = {table.kernels: {at.shape for at in table.times} for table in tuning.tables_of(results)}
+    assert found == {CALLS[0]: {new}, CALLS[-1]: {SHAPE, new}}
 
 
 def test_the_rest_counts_for_those_that_have_one():
@@ -959,7 +1021,7 @@ def test_compiling_in_processes(cache, monkeypatch):
         patch.delenv("TRITON_CACHE_DIR")
         multiprocessing.forkserver.ensure_running()
     tile = key(GEMM)
-    fields = dict(row="Qwen3-30B-A3B TP4", tokens=(4, 64), activations="mxfp8", arch="sm_90", part="gemm2")
+    fields = dict(row=rows()["Qwen3-30B-A3B TP4"], tokens=(4, 64), activations="mxfp8", arch="sm_90", part="gemm2")
     fields |= dict(rule=key({"block_m": 16}), gemm1=tile, gemm2=tile)
     good, crashing, endless = Task(**fields), Crashing(**fields), Endless(**fields)
     invalid = dataclasses.replace(good, gemm2=key(GEMM | {"block_n": 48}))
@@ -972,6 +1034,19 @@ def test_compiling_in_processes(cache, monkeypatch):
     assert len(good.launches()) == 2
 
 
+def test_a_row_of_a_file_is_compiled(cache, file):
+    """In a process that has not read the file, which is gone by then."""
+    args = tune_gpu.parse(["--shapes", str(file), "--tokens", "64"])
+    file.unlink()
+    assert list(args.rows) == ["Mine TP4", "GLM-5 TP4"]
+    row, one = args.rows["Mine TP4"], tune_gpu.Tuner(args, None, Target("sm_90"), 0)
+    search = one.searches(row)[0]
+    task = one.task(row, [(search, search.start)])
+    assert dict(compile_all([task], jobs=1)) == {task: ""}
+    (launch,) = task.launches()
+    assert launch.arguments["w_scale"].shape == (32, 512, 1024 // 32)
+
+
 def test_what_was_compiled_is_found_in_the_cache(tmp_path):
     """By a process that has used other kernels before, in another order than those that compiled."""
     code = f"""
@@ -980,6 +1055,7 @@ sys.path.insert(0, {str(TOOLS)!r})
 from pathlib import Path
 from bench import tuning
 from bench.compiling import Task, compile_all, settle_keys
+from shapes import rows
 from bench.tuning import PARTNERS, key
 from torch_mxfp8moe.backends.triton import quantize
 from torch_mxfp8moe.backends.triton.launch import compile_offline
@@ -992,7 +1068,7 @@ tasks = []
 for kernels, block_m in (("matvec", 1), ("hopper", 16), ("gemm", 16)):
     rule = key(tuning.normal({{"block_m": block_m, "kernels": kernels}}))
     gemms = [key(tile) for tile in PARTNERS[kernels].values()]
-    tasks.append(Task("Qwen3-30B-A3B TP4", (4,), "mxfp8", "sm_90", "gemm1", rule, *gemms))
+    tasks.append(Task(rows()["Qwen3-30B-A3B TP4"], (4,), "mxfp8", "sm_90", "gemm1", rule, *gemms))
 assert dict(compile_all(tasks, 1)) == dict.fromkeys(tasks, "")
 folder = Path(os.environ["TRITON_CACHE_DIR"])
 files = set(folder.rglob("*.cubin"))
@@ -1005,10 +1081,10 @@ print(len(files), len(set(folder.rglob("*.cubin"))))
 
 @pytest.mark.parametrize("gemm", GEMMS)
 def test_which_launches_are_of_a_product(gemm):
-    task = Task("Qwen3-30B-A3B TP4", (1,), "bf16", "sm_90", gemm, key({"block_m": 16}), key(GEMM), key(OTHER))
+    task = Task(rows()["Qwen3-30B-A3B TP4"], (1,), "bf16", "sm_90", gemm, key({"block_m": 16}), key(GEMM), key(OTHER))
     (launch,) = task.launches()
     assert launch.options["num_stages"] == {"gemm1": 2, "gemm2": 3}[gemm]
-    (other,) = dataclasses.replace(task, layout="aiter_gfx950", row="Qwen3-30B-A3B TP1").launches()
+    (other,) = dataclasses.replace(task, layout="aiter_gfx950", row=rows()["Qwen3-30B-A3B TP1"]).launches()
     numbers = lambda launch: {name: x for name, x in launch.arguments.items() if isinstance(x, (int, tuple, bool))}
     assert other.kernel is launch.kernel and numbers(other) != numbers(launch)
 
@@ -1017,7 +1093,7 @@ def test_which_launches_are_of_a_product(gemm):
 def test_each_launch_is_of_one_part(kernels):
     rule = {"block_m": 1 if kernels == "matvec" else 16, "kernels": kernels}
     gemms = {name: key(tile) for name, tile in PARTNERS[kernels].items()}
-    task = Task("Qwen3-30B-A3B TP1", (1,), "mxfp8", "sm_90", "", key(rule), **gemms)
+    task = Task(rows()["Qwen3-30B-A3B TP1"], (1,), "mxfp8", "sm_90", "", key(rule), **gemms)
     names = lambda part: [one.kernel.__name__ for one in dataclasses.replace(task, part=part).launches()]
     products, rest = {
         "gemm": (["grouped_gemm_kernel"] * 2, ["dispatch_kernel", "combine_kernel"]),

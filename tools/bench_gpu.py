@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Measure fused_moe on this GPU beside others that compute the same layer, and beside this GPU's own limits.
 
-For each row of test/shapes.csv, each routing and each token count that is asked for: microseconds of the whole layer by
-every peer, with quartiles; the floor (bytes that must move over the copy bandwidth, or operations over the bf16 rate,
-both measured first in the same run); the error of each against the reference with the activations that it uses; where
-the time of one call goes, step by step. Then the ratio of Humming's time to ours at each point and the geometric mean.
+For each row of test/shapes.csv, or of a file of your own (--shapes), each routing and each token count that is asked
+for: microseconds of the whole layer by every peer, with quartiles; the floor (bytes that must move over the copy
+bandwidth, or operations over the bf16 rate, both measured first in the same run); the error of each against the
+reference with the activations that it uses; where the time of one call goes, step by step. Then the ratio of Humming's
+time to ours at each point and the geometric mean.
 
 The peers, all in this process, taking turns: mxfp8 and bf16, fused_moe with activations of either kind; humming, where
 the package humming-kernels is installed (bf16 activations; the sorting, SwiGLU and sum around its two products are
@@ -32,7 +33,8 @@ import torch_mxfp8moe  # noqa: E402
 from bench import report, timing  # noqa: E402
 from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer  # noqa: E402
 from bench.report import HOST, STEP, WHOLE, Figure  # noqa: E402
-from shapes import Row, rows  # noqa: E402
+from options import add_rows, settle_rows  # noqa: E402
+from shapes import Row  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe.layouts import LAYOUTS  # noqa: E402
 
@@ -245,9 +247,7 @@ def finish(figures: list[Figure], args, title: str, failed: dict[str, str]) -> i
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, choices=[*rows(), "all"], metavar="ROW",
-                        help="rows of test/shapes.csv, or all: " + ", ".join(rows()) +
-                        " (default: " + ", ".join(DEFAULT_ROWS) + ")")  # fmt: skip
+    add_rows(parser, DEFAULT_ROWS)
     parser.add_argument("--tokens", type=int, nargs="+", help=f"token counts (default {' '.join(map(str, TOKENS))})")
     parser.add_argument("--routing", nargs="+", default=["uniform"], choices=ROUTINGS,
                         help="where tokens go; zipf: expert r in proportion to 1 / r; one: all to one expert as well; "
@@ -267,10 +267,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw times over T to this SVG file (matplotlib)")
     parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: ratios and picture of a --csv file")
     args = parser.parse_args(argv)
-    if args.rows == ["all"]:
-        args.rows = list(rows())
-    elif "all" in args.rows:
-        parser.error("--rows all goes without other rows")
+    settle_rows(parser, args)
     if any(T < 1 for T in args.tokens or ()):
         parser.error(f"--tokens takes numbers from 1 on, not {min(args.tokens)}")
     if args.repeat < 5:
@@ -315,8 +312,8 @@ def main() -> int:
             flush=True,
         )
         try:
-            for name in args.rows:
-                bench.row(rows()[name])
+            for row in args.rows.values():
+                bench.row(row)
             if not args.quick:
                 memory_bound(limits.copy)
         except (Exception, KeyboardInterrupt) as error:  # what was measured so far is worth its tables

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
 """Choose the tiles of the Triton kernels for this GPU and write torch_mxfp8moe/configs/triton/<arch>.json.
 
-For every row of test/shapes.csv that is asked for and every token count, for all kernels that take its calls and each
-block_m that may suit it, each of the two products of a layer is tuned by itself: from the configured tile, and from
-what is good for other points, one field is changed at a time as long as that helps. The other launches are timed once
-for each block_m, since not all kernels need them. Candidates are compiled in many processes before they are timed.
-Before a time is believed every element of the layer's output is compared with the reference op's, and the bytes of
-several runs with one another, from memory that was filled with NaN: there are tiles that are fast and wrong.
+For every row of test/shapes.csv, or of a file of your own (--shapes), that is asked for and every token count, for all
+kernels that take its calls and each block_m that may suit it, each of the two products of a layer is tuned by itself:
+from the configured tile, and from what is good for other points, one field is changed at a time as long as that helps.
+The other launches are timed once for each block_m, since not all kernels need them. Candidates are compiled in many
+processes before they are timed. Before a time is believed every element of the layer's output is compared with the
+reference op's, and the bytes of several runs with one another, from memory that was filled with NaN: there are tiles
+that are fast and wrong.
 
-Every result goes at once to a file of JSON lines (--journal). A second run picks it up, where the GPU, Triton and the
-kernels' source are the same; a candidate that crashed the process or hung is not tried again, and the run goes on. At
-the end, or when --minutes are over, the winners are reduced to as few rules as stay within --within percent of the best
-of each point: default rules for all shapes, and rules of a shape's own where those cost it more. Below rules of kernels
-that do not take every call there are the best ones for calls that pass over them.
+Every result goes at once to a file of JSON lines (--journal). A second run picks it up, where the GPU, Triton, the
+kernels' source and a row's name and sizes are the same; a candidate that crashed the process or hung is not tried
+again, and the run goes on. At the end, or when --minutes are over, the winners are reduced to as few rules as stay
+within --within percent of the best of each point: default rules for all shapes, and rules of a shape's own where those
+cost it more. Below rules of kernels that do not take every call there are the best ones for calls that pass over them.
 
 --candidates tries the tiles of a list and no others, which takes minutes where the search takes a day. What is shipped
 for H100 came from tools/bench/candidates/sm_90.json.
@@ -39,6 +40,7 @@ from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all, is_of, settle_keys  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
 from bench.tuning import GEMMS, REST, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
+from options import add_rows, settle_rows  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
@@ -148,12 +150,11 @@ class Tuner:
 
     def searches(self, row: Row) -> list[Search]:
         """Of each point those for the configured rule come first."""
-        shape = (row.hidden, row.intermediate, row.experts, row.topk)
         config, admitted = configs.load(self.target.arch, self.args.activations), self.admitted(row)
-        rules = [tiles for tiles in config.rules(shape) if tiles.kernels in admitted]
+        rules = [tiles for tiles in config.rules(row.shape) if tiles.kernels in admitted]
         result = []
         for T in self.args.tokens:
-            point = Point(row.name, shape, T)
+            point = Point(row.name, row.shape, T)
             serving = [t for t in rules if t.rows_per_expert is None or point.rows <= t.rows_per_expert]
             for kernels in dict.fromkeys([*(tiles.kernels for tiles in serving), *admitted]):
                 space = self.space[kernels]
@@ -194,7 +195,7 @@ class Tuner:
         without ``descend`` nothing else is."""
         points, weights = {}, None
         for number in range(1, 1000):
-            todo, remembered = self.batch(searches, known, descend)
+            todo, remembered = self.batch(row, searches, known, descend)
             if not todo and not remembered:
                 break
             count, done = sum(map(len, todo.values())), 0
@@ -223,7 +224,7 @@ class Tuner:
                             flush=True,
                         )
 
-    def batch(self, searches: list[Search], known: list[Search], descend: bool):
+    def batch(self, row: Row, searches: list[Search], known: list[Search], descend: bool):
         """What to compile, and for each what to measure of it; and whether the journal knew some of what was wanted."""
         wanted, remembered = [], False
         for search in searches:
@@ -238,15 +239,15 @@ class Tuner:
                 remembered = True
             else:
                 todo.setdefault((search.part, key(search.rule), key(tile)), []).append((search, tile))
-        return {self.task(own): own for own in todo.values()}, remembered
+        return {self.task(row, own): own for own in todo.values()}, remembered
 
-    def task(self, own: list[tuple[Search, Json]]) -> Task:
+    def task(self, row: Row, own: list[tuple[Search, Json]]) -> Task:
         search, tile = own[0]
         gemms = {name: key(one) for name, one in tuning.with_partner(search.part, search.rule, tile).items()}
         tokens = tuple(search.point.T for search, _ in own)
         options = dict(activations=self.args.activations, layout=self.args.layout, arch=self.target.arch)
         options |= dict(part=search.part)
-        return Task(search.point.row, tokens, **options, rule=key(search.rule), **gemms)
+        return Task(row, tokens, **options, rule=key(search.rule), **gemms)
 
     def attempt(self, trial: Trial, point: Measured, search: Search, tile: Json) -> Result:
         """Measures; ends the process if the candidate hangs or leaves the GPU unusable."""
@@ -288,13 +289,14 @@ def row_table(name: str, searches: list[Search]) -> str:
     return "\n".join(lines)
 
 
-def write(args, journal: Journal) -> None:
-    """The tile file from the results."""
-    old = json.loads(args.out.read_text()) if args.out.exists() else None
+def write(args, journal: Journal, served: Json | None = None) -> None:
+    """The tile file from the results. ``served``: what stands for the old one where there is none."""
+    old = json.loads(args.out.read_text()) if args.out.exists() else served
     tables = tuning.tables_of(journal.results)
     if not tables:
         sys.exit(f"nothing to write: {args.journal} has no usable result of kernels that serve every call")
-    missing = set(rows()) - {point.row for table in tables for point in table.times}
+    missing = {(row.name, row.shape) for row in rows().values()}
+    missing -= {point.layer for table in tables for point in table.times}
     keep = bool(missing) and old is not None if args.default is None else args.default == "keep"
     if keep and old is None:
         sys.exit(f"--default keep: there is no {args.out}")
@@ -328,8 +330,8 @@ def kernels_in(data: Json) -> set[str]:
     return {Tile.of_file(rule).kernels for rules in lists for rule in rules}
 
 
-def work(args) -> int:
-    """Tunes on this GPU, until all is done or the time is over."""
+def work(args, served: Json | None = None) -> int:
+    """Tunes on this GPU, until all is done or the time is over. ``served``: as of :func:`write`."""
     import triton
 
     from torch_mxfp8moe.backends import triton as backend
@@ -342,23 +344,23 @@ def work(args) -> int:
         print(f"{args.journal}: {journal.other} lines are of another GPU, compiler or source and are passed over")
     until = float(os.environ[UNTIL])
     tuner = Tuner(args, journal, backend.BACKEND.target(torch.device("cuda", 0)), until)
-    searches = {name: tuner.searches(rows()[name]) for name in args.rows}
+    searches = {name: tuner.searches(row) for name, row in args.rows.items()}
     start, left = time.time(), until - time.time()
     with torch.inference_mode():
         # Then what turned out good elsewhere is tried everywhere, for rules to share, in the last fifth of the time.
         # Candidates: rows that a share of the time was too short for go on in what is left.
         passes = ((True, start + 0.8 * left), (False, until)) if tuner.candidates is None else ((False, until),) * 2
         for number, (descend, end) in enumerate(passes):
-            for i, name in enumerate(args.rows):
+            for i, (name, row) in enumerate(args.rows.items()):
                 share = (end - time.time()) / (len(args.rows) - i)
                 if share <= 0:
                     continue
                 known = [search for other in args.rows if other != name for search in searches[other]]
-                tuner.tune(rows()[name], searches[name], known, time.time() + share, descend)
+                tuner.tune(row, searches[name], known, time.time() + share, descend)
                 progress("")
                 if number == 0:
                     print(row_table(name, searches[name]), flush=True)
-    write(args, journal)
+    write(args, journal, served)
     return 0
 
 
@@ -397,8 +399,7 @@ def read_rules(path: str) -> list[Json]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=list(rows()), choices=list(rows()), metavar="ROW",
-                        help="rows of test/shapes.csv (default all): " + ", ".join(rows()))  # fmt: skip
+    add_rows(parser)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="token counts")
     parser.add_argument("--activations", default="mxfp8", choices=("mxfp8", "bf16"),
                         help="activation_dtype of the calls; bf16 has a file of its own (default mxfp8)")  # fmt: skip
@@ -421,6 +422,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at once (default: one a core)")
     parser.add_argument("--write", action="store_true", help="only make the file, --out, from the journal")
     args = parser.parse_args(argv)
+    settle_rows(parser, args)
     if any(T < 1 for T in args.tokens):
         parser.error(f"--tokens takes numbers from 1 on, not {min(args.tokens)}")
     if not 0 < args.within < 100:
@@ -446,13 +448,15 @@ def main() -> int:
         sys.exit("nothing to tune for: there is no GPU that PyTorch can use")
     if UNTIL not in os.environ:
         return supervise(args, lambda env: subprocess.call([sys.executable, *sys.argv], env=env))
+    served = None
     if args.out is None:
         from torch_mxfp8moe.backends.triton import BACKEND
 
         arch = BACKEND.target(torch.device("cuda", 0)).arch
         name = arch if args.activations == "mxfp8" else f"{arch}-{args.activations}"
         args.out = configs.FOLDER / "triton" / f"{name}.json"
-    return work(args)
+        served = tuning.json_of(configs.load(arch, args.activations))  # by another file, until this one is there
+    return work(args, served)
 
 
 if __name__ == "__main__":

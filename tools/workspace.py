@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
-from shapes import rows  # noqa: E402
+from options import add_rows, settle_rows  # noqa: E402
 
 TOKENS = (1, 16, 64, 256, 1024, 8192, 32768)
 
@@ -22,20 +22,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="sm_90", help="sm_80, sm_90, sm_100, gfx942 or gfx950 (default sm_90)")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="token counts")
-    parser.add_argument("--rows", nargs="+", default=list(rows()), choices=list(rows()), metavar="ROW",
-                        help="rows of test/shapes.csv: " + ", ".join(rows()))  # fmt: skip
+    add_rows(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the output")
     args = parser.parse_args()
+    settle_rows(parser, args)
 
     from torch_mxfp8moe.backends.triton.fused_moe import plan
     from torch_mxfp8moe.backends.triton.targets import Target
 
     print(f"MiB beside inputs and output, {args.arch}, {args.dtype} output; T =")
     print(f"{'':<36}" + "".join(f"{T:>9}" for T in args.tokens))
-    for name in args.rows:
+    for name, row in args.rows.items():
         sizes = []
         for T in args.tokens:
-            call = rows()[name].call(T, "meta", out_dtype=getattr(torch, args.dtype))
+            call = row.call(T, "meta", out_dtype=getattr(torch, args.dtype))
             sizes.append(plan(call.with_out(), Target(args.arch)).workspace / 2**20)
         print(f"{name:<36}" + "".join(f"{size:>9.1f}" for size in sizes))
 

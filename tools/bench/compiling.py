@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
+from shapes import Row
+
 from . import tuning
 from .peers import in_layout, label
 
@@ -26,7 +28,7 @@ SECONDS = 180.0
 class Task:
     """A part of a call, to be compiled; what it takes to make the call anew without tensors."""
 
-    row: str
+    row: Row
     tokens: tuple[int, ...]
     """The calls' numbers of tokens; most likely they need the same kernel."""
     activations: str
@@ -41,16 +43,15 @@ class Task:
 
     def launches(self) -> list:
         """Those of the part, bound, on tensors without memory."""
-        from shapes import rows
         from torch_mxfp8moe.backends.triton.fused_moe import plan
         from torch_mxfp8moe.backends.triton.targets import Target
 
         tiles = tuning.tiles_of(*map(json.loads, (self.rule, self.gemm1, self.gemm2)))
-        weights = in_layout(rows()[self.row].weights("meta"), self.layout)
+        weights = in_layout(self.row.weights("meta"), self.layout)
         options = dict(activation_dtype=self.activations, layout=self.layout)
         result = []
         for T in self.tokens:
-            call = rows()[self.row].call(T, "meta", weights, **options).with_out()
+            call = self.row.call(T, "meta", weights, **options).with_out()
             made = plan(call, Target(self.arch), tiles)
             bound = made.bind(call.inputs | {"out": call.out}, call.device)
             result += [one for free, one in zip(made.launches, bound) if is_of(free, self.part)]

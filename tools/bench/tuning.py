@@ -19,7 +19,7 @@ from itertools import combinations, product
 from pathlib import Path
 
 from torch_mxfp8moe import configs
-from torch_mxfp8moe.configs import Gemm, Tiles
+from torch_mxfp8moe.configs import Config, Gemm, Tiles
 
 GEMMS = ("gemm1", "gemm2")
 REST = "rest"
@@ -203,10 +203,15 @@ class Point:
     """What is tuned for: a shape of tile files and a number of tokens."""
 
     row: str
-    """Of test/shapes.csv."""
+    """The name of one of a file of shapes."""
     shape: tuple[int, int, int, int]
     """hidden, intermediate, experts (the global ones), topk."""
     T: int
+
+    @property
+    def layer(self) -> tuple[str, tuple[int, int, int, int]]:
+        """What points of all T share. Rows of several files may have one name."""
+        return self.row, self.shape
 
     @property
     def rows(self) -> float:
@@ -467,7 +472,7 @@ class Table:
 def tables_of(results: dict[Trial, Result]) -> list[Table]:
     """A table for each of ``CALLS`` that some rows' calls belong to, in that order, of these rows and kernels.
 
-    Calls of a row are admitted to what was tried for them. Points without a tile that serves every call are left out,
+    Calls of a layer are admitted to what was tried for them. Points without a tile that serves every call are left out,
     and what was tried without room (:func:`has_room`), such as what was configured.
     """
     results = {trial: result for trial, result in results.items() if has_room(trial.point, json.loads(trial.rule))}
@@ -475,8 +480,8 @@ def tables_of(results: dict[Trial, Result]) -> list[Table]:
     served = set(Table(of(CALLS[-1])).least)
     tables = []
     for kernels in CALLS:
-        rows = {trial.point.row for trial in of(kernels[:1])}
-        own = {trial: r for trial, r in of(kernels).items() if trial.point in served and trial.point.row in rows}
+        layers = {trial.point.layer for trial in of(kernels[:1])}
+        own = {trial: r for trial, r in of(kernels).items() if trial.point in served and trial.point.layer in layers}
         tables.append(Table(own, kernels))
     return [table for table in tables if table.times]
 
@@ -622,6 +627,16 @@ def file_of(tables: Sequence[Table], within: float, old: Json | None = None, kee
 
 
 SIZES = ("hidden", "intermediate", "experts", "topk")
+
+
+def json_of(config: Config) -> Json:
+    """As a file holds it."""
+    listed = lambda rules: [
+        file_rule(tiles.rows_per_expert, rule_json(tiles), *(gemm_json(getattr(tiles, name)) for name in GEMMS))
+        for tiles in rules
+    ]
+    shapes = [{**dict(zip(SIZES, shape)), "tiles": listed(rules)} for shape, rules in config.shapes.items()]
+    return {"tiles": listed(config.tiles)} | ({"shapes": shapes} if shapes else {})
 
 
 def rules_of(data: Json, shape: tuple[int, int, int, int]) -> list[Json]:
