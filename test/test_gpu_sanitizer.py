@@ -36,7 +36,8 @@ torch.cuda.synchronize()
 OPTIONS = {"memcheck": (), "racecheck": ("--kernel-name-exclude", "kernel_substring=warpgroup_gemm")}
 """racecheck does not follow what orders the warps of hopper.py's kernel, a barrier that some wait at and others arrive
 at, and mbarriers: it reports Triton's own hand-over of work to the groups of warps, at the lines of the kernel's head
-and of ``warp_specialize``, and every number that the loader tells. test/sass.py checks the order instead, in the compiled code."""
+and of ``warp_specialize``, and every number that the loader tells. test/sass.py checks the order instead,
+in the compiled code."""
 
 
 def sanitized(tool: str, *command: str) -> tuple[int, str]:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Measure the first call of fused_moe after warmup beside later ones.
 
-For each row of test/shapes.csv a new process makes the weights and calls torch_mxfp8moe.warmup for all token counts.
-Then, for each count, the same call many times over, L2 flushed before each: microseconds of the GPU, which is kept busy
-until the host has launched everything, and of the host until the call returns. On a CPU the two are one.
+For each row of test/shapes.csv, or of a file of your own (--shapes), a new process makes the weights and calls
+torch_mxfp8moe.warmup for all token counts. Then, for each count, the same call many times over, L2 flushed before each:
+microseconds of the GPU, which is kept busy until the host has launched everything, and of the host until the call
+returns. On a CPU the two are one.
 
 Exit status: 1 if a first call takes more than 5 percent longer on the GPU than the median of later ones.
 """
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 import torch_mxfp8moe  # noqa: E402
 from bench import machine, timing  # noqa: E402
 from bench.report import Csv  # noqa: E402
-from shapes import rows  # noqa: E402
+from options import add_rows, settle_rows  # noqa: E402
 
 TOKENS = (1, 16, 256, 1024, 8192)
 ROWS = ("MiniMax-M3 TP4", "Qwen3-30B-A3B TP1")
@@ -75,7 +76,8 @@ def timed(call, flush: timing.Flush | None) -> tuple[float, float]:
 
 def measure(args: argparse.Namespace) -> list[Figure]:
     """The figures of one row, in this process."""
-    row = rows()[args.rows[0]].smaller(args.shrink)
+    ((name, row),) = args.rows.items()
+    row = row.smaller(args.shrink)
     torch.manual_seed(0)
     flush = timing.Flush("read") if args.device == "cuda" else None
     with torch.inference_mode():
@@ -93,7 +95,7 @@ def measure(args: argparse.Namespace) -> list[Figure]:
             later = timing.Time.of([us for us, _ in times[1:]])
             hosts = [host for _, host in times]
             result.append(
-                Figure(args.rows[0], T, times[0][0], later.low, later.us, later.high, hosts[0],
+                Figure(name, T, times[0][0], later.low, later.us, later.high, hosts[0],
                        statistics.median(hosts[1:]))
             )  # fmt: skip
     return result
@@ -112,8 +114,7 @@ def table(figures: list[Figure]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=ROWS, choices=list(rows()), metavar="ROW",
-                        help="rows of test/shapes.csv (default " + ", ".join(ROWS) + ")")  # fmt: skip
+    add_rows(parser, ROWS)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS,
                         help=f"token counts (default {' '.join(map(str, TOKENS))})")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=21, help="later calls (default 21)")
@@ -122,11 +123,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    settle_rows(parser, args)
     machine.check_device(parser, args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.worker:
         print(json.dumps([asdict(figure) for figure in measure(args)]))
@@ -134,8 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     print(machine.described(args.device), flush=True)
     csv, worst = Csv(args.csv, Figure), 0.0
     for name in args.rows:
-        command = [sys.executable, "-W", "ignore", __file__, "--worker", "--rows", name, "--device", args.device]
-        command += ["--repeat", str(args.repeat), "--shrink", str(args.shrink), "--tokens", *map(str, args.tokens)]
+        command = [sys.executable, "-W", "ignore", __file__, *argv, "--worker", "--rows", name]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         figures = [Figure(**one) for one in json.loads(done.stdout.splitlines()[-1])]
         csv.write(figures)
