@@ -77,6 +77,20 @@ def test_the_first_rule_that_is_wide_enough_serves(monkeypatch):
     assert [block_m(t, hidden=64) for t in (1, 6, 7, 10**9)] == [128, 128, 32, 64]  # a shape that is listed
 
 
+def test_one_token_goes_by_routes_however_few_experts_there_are(monkeypatch):
+    config = configs.parse("here", {"tiles": [BY_ROUTE | {"rows_per_expert": 0.1}, LAST]})
+    monkeypatch.setattr(configs, "load", lambda *_: config)
+
+    def block_m(tokens, **sizes):
+        sizes = dict(tokens=tokens, hidden=64, intermediate=32) | sizes
+        return configs.choose("any", "mxfp8", **sizes, admits=lambda tiles: True).block_m
+
+    assert [block_m(t, topk=2, experts=4) for t in (1, 2)] == [1, 16]
+    assert [block_m(t, topk=2, experts=40) for t in (1, 2, 3)] == [1, 1, 16]
+    config = configs.parse("here", {"tiles": [RULE | {"rows_per_expert": 0.1}, LAST | {"block_m": 32}]})
+    assert block_m(1, topk=2, experts=4) == 32  # not by any other rule
+
+
 @given(
     arch=st.sampled_from(ARCHS), dtype=st.sampled_from(DTYPES), tokens=st.integers(1, 2**31),
     hidden=st.integers(1, 256), intermediate=st.integers(1, 256), experts=st.integers(1, 1024), topk=st.integers(1, 64),

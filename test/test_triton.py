@@ -420,6 +420,35 @@ def test_kernels_take_what_they_can_read():
     assert taken(H=256, I=128, layout="aiter_gfx950", **aiter_scales(256, 128)) == ["gemm"]
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    "columns, stages",
+    (
+        (128, (128, 6)),
+        (192, (256, 4)),
+        (256, (256, 4)),
+        (320, (128, 6)),
+        (384, (128, 6)),
+        (448, (256, 4)),
+        (896, (128, 6)),
+        (1152, (256, 4)),
+        (2880, (256, 4)),
+    ),
+)
+def test_stages_of_which_the_last_is_not_half_empty(columns, stages):
+    """Of as few columns as it takes for that, where an eighth of the work is to be had; not of those taken in turns."""
+    from torch_mxfp8moe.backends.triton.fused_moe import plan
+
+    inputs = moe_inputs(T=4, H=576, I=columns, E=2)
+    call = FusedMoe(**{name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+    call = call.check().with_out()
+    gemms = (configs.Gemm(32, 256, 4, 8, programs=1, turns=2), configs.Gemm(64, 256, 4, 4, programs=2))
+    tiles = configs.Tiles(None, 8, *gemms)
+    launches = plan(call, Target("sm_90"), tiles).bind(call.inputs | {"out": call.out}, call.device)
+    of = [launch.arguments for launch in launches if launch.kernel.__name__ == "warpgroup_gemm_kernel"]
+    assert [(one["COLUMNS"], one["STAGES"]) for one in of] == [(256, 8), stages]
+
+
 def aiter_scales(H: int, I: int, E: int = 4) -> dict:  # noqa: E741
     """Scales of the shapes that the layout has."""
     shape = torch_mxfp8moe.LAYOUTS["aiter_gfx950"].scale_shape

@@ -155,7 +155,7 @@ class Tuner:
         result = []
         for T in self.args.tokens:
             point = Point(row.name, row.shape, T)
-            serving = [t for t in rules if t.rows_per_expert is None or point.rows <= t.rows_per_expert]
+            serving = [tiles for tiles in rules if tiles.serves(T, *point.topk_of_experts)]
             for kernels in dict.fromkeys([*(tiles.kernels for tiles in serving), *admitted]):
                 space = self.space[kernels]
                 now = [tiles for tiles in serving if tiles.kernels == kernels][:1]

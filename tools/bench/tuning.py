@@ -214,6 +214,10 @@ class Point:
         return self.row, self.shape
 
     @property
+    def topk_of_experts(self) -> tuple[int, int]:
+        return self.shape[3], self.shape[2]
+
+    @property
     def rows(self) -> float:
         """Rows per expert, by which files choose."""
         return self.T * self.shape[3] / self.shape[2]
@@ -647,8 +651,8 @@ def rules_of(data: Json, shape: tuple[int, int, int, int]) -> list[Json]:
 
 def chosen(rules: list[Json], point: Point, kernels: Sequence[str] = CALLS[0]) -> Tile:
     """The one of a file's ``rules`` that serves a point's calls, which are admitted to ``kernels``."""
-    serving = (Tile.of_file(rule) for rule in rules if rule[LIMIT] is None or point.rows <= rule[LIMIT])
-    return next(tile for tile in serving if tile.kernels in kernels)
+    tiles = ((Tile.of_file(rule), configs.rule("rule", rule)) for rule in rules)
+    return next(t for t, rule in tiles if rule.serves(point.T, *point.topk_of_experts) and t.kernels in kernels)
 
 
 def dump(data: Json) -> str:

@@ -9,11 +9,11 @@ that is another matrix instruction::
     RULE = {"rows_per_expert": 16, "block_m": 16, "gemm1": GEMM, "gemm2": GEMM, "gather": true}
     GEMM = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 4, "descriptors": true, ...}
 
-Of the rules of a shape, if it is listed, and then those of ``tiles``, the first one serves a call whose
-tokens * topk / experts is at most ``rows_per_expert`` (experts: the global ones under an expert map); the last rule has
-null there and serves the rest. Rules of kernels that do not take every call are passed over by those that they do not
-take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have ``programs`` (sm_90; H is a multiple of
-64), and rules with block_m 1, in which each route is served by itself
+Of the rules of a shape, if it is listed, and then those of ``tiles``, the first one serves a call whose tokens * topk /
+experts is at most ``rows_per_expert`` (experts: the global ones under an expert map), or that has one token, if it
+serves each route by itself; the last rule has null there and serves the rest. Rules of kernels that do not take every
+call are passed over by those that they do not take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have
+``programs`` (sm_90; H is a multiple of 64), and rules with block_m 1, in which each route is served by itself
 (:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on shapes and dtypes only, never on where tokens
 are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to Triton's compiler as options.
 ``tools/tune_gpu.py`` writes these files.
@@ -80,6 +80,12 @@ class Tiles:
     def kernels(self) -> str:
         """Which ones they are for: "matvec", "hopper", or those for every call, "gemm"."""
         return "matvec" if self.block_m == 1 else "hopper" if self.gemm1.programs else "gemm"
+
+    def serves(self, tokens: int, topk: int, experts: int) -> bool:
+        """Whether the rule is for calls of that many. A token's experts are all different: alone it shares no weights,
+        however few experts there are."""
+        limit = self.rows_per_expert
+        return limit is None or tokens * topk <= limit * experts or self.block_m == 1 and tokens == 1
 
     @property
     def more_than(self) -> tuple[int, int]:
@@ -221,6 +227,6 @@ def choose(
     the kernels that some tiles are for take the call."""
     config = load(arch, activation_dtype)
     for tiles in config.rules((hidden, intermediate, experts, topk)):
-        if (tiles.rows_per_expert is None or tokens * topk <= tiles.rows_per_expert * experts) and admits(tiles):
+        if tiles.serves(tokens, topk, experts) and admits(tiles):
             return tiles
     raise AssertionError("the last rule has no limit")

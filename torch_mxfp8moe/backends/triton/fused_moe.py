@@ -249,7 +249,11 @@ class _Sorted(_Part):
         halves = 2 if gate_up else 1
         n = rows // halves
         count = self.tiles_bound * triton.cdiv(self.inner.shape[1] if gate_up else n, tile.block_n)
-        box = min(tile.block_k, 128)
+        block_k, num_stages = tile.block_k, tile.num_stages
+        if block_k == 256 and tile.turns == 1 and 8 * (-columns % 256 - -columns % 128) > columns:
+            # Less than an eighth of the work with a last stage that is half empty. As much memory, as far as it helps.
+            block_k, num_stages = 128, (3 * num_stages + 1) // 2
+        box = min(block_k, 128)
         weights = self._weights(name)
         weights["w"] = Descriptor(
             weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
@@ -265,7 +269,7 @@ class _Sorted(_Part):
                 x=x if gather else Descriptor(x, x.shape, (x.shape[1], 1), (slots, 64), swizzle=128),
                 **weights, out=self.inner if gate_up else self.terms, counters=self.counters, count=count,
                 **self._ending(gate_up), K=columns, N=n,
-                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=tile.block_k, STAGES=tile.num_stages,
+                BLOCK_M=self.tiles.block_m, BLOCK_N=tile.block_n, COLUMNS=block_k, STAGES=num_stages,
                 TURNS=tile.turns, GATHER=gather, TOPK=self.call.topk,
             ),
             dict(num_warps=tile.num_warps, maxnreg=2**16 // (tile.programs * threads) // 8 * 8, **tile.options),
