@@ -575,6 +575,7 @@ def test_what_a_failed_update_leaves():
     before = copy.deepcopy(module)
     fresh, _ = layer(bias=True, seed=1)
     half = {name: x[:2] for name, x in fresh.items()}
+    high = randn(*fresh["w2"].shape, dtype=torch.bfloat16)
     other = Mxfp8Experts.from_weights(**{n: x for n, x in weights.items() if "bias" not in n})
     calls = [
         lambda: module.update_weights(),
@@ -590,6 +591,11 @@ def test_what_a_failed_update_leaves():
         lambda: module.update_weights(**fresh | dict(w2_scale=fresh["w2_scale"][..., :-1])),
         lambda: module.update_weights(**fresh | dict(w1_bias=fresh["w1_bias"].to(E4M3))),
         lambda: module.update_weights(**fresh, gate_up_order="up_first"),
+        lambda: module.update_weights(**fresh, scale_rounding="up"),
+        lambda: module.update_weights(**fresh | dict(w2=high, w2_scale=None), scale_rounding="up"),
+        lambda: module.update_weights(**fresh | dict(w2=fresh["w2"].to("meta"))),
+        lambda: module.update_weights(**fresh | dict(w2=high.to_sparse(), w2_scale=None)),
+        lambda: module.update_weights(**fresh | dict(w2_bias=fresh["w2_bias"].tolist())),
         lambda: other.update_weights(**fresh),
     ]
     messages = "\n".join(error_of(call) for call in calls)
@@ -609,6 +615,11 @@ Mxfp8Experts: w2 has shape [4, 255, 128]; it takes [E, 256, 128]
 Mxfp8Experts: w2_scale has shape [4, 256, 3]; it takes [E, 256, 4]
 Mxfp8Experts: w1_bias has dtype float8_e4m3fn; it takes float32, bfloat16, float16, float64
 Mxfp8Experts: gate_up_order is 'up_first'; it takes 'concatenated' or 'interleaved'
+Mxfp8Experts: scale_rounding is 'up'; it takes 'rceil', 'floor', 'ceil' or 'even'
+Mxfp8Experts: scale_rounding is 'up'; it takes 'rceil', 'floor', 'ceil' or 'even'
+Mxfp8Experts: w2 is on meta, without values; it takes a tensor that has them
+Mxfp8Experts: w2 has layout torch.sparse_coo; it takes torch.strided
+Mxfp8Experts: w2_bias is a list; it takes a tensor
 Mxfp8Experts: w1_bias is given; these experts have no biases""",
     )
     assert same_buffers(module, before)
@@ -700,8 +711,12 @@ def test_a_state_dict_is_never_taken_wrongly():
     other = saved(torch.nn.Sequential(Mxfp8Experts.from_weights(**weights, tp_rank=1, tp_size=2)))
     sizes = saved(torch.nn.Sequential(Mxfp8Experts.from_weights(**layer(I=256)[0])))
     modules = [Mxfp8Experts(4, 256, 128, layout=layout, device=DEVICE) for layout in LAYOUTS]
+    order = torch.tensor([1, 0, 3, 2], dtype=torch.int32)
+    mapped = saved(torch.nn.Sequential(Mxfp8Experts.from_weights(**weights, expert_map=order)))
     texts = []
-    for bad, strict in ((unnamed, True), (unnamed, False), (cast, False), (other, False), (sizes, False)):
+    for bad, strict in (
+        (unnamed, True), (unnamed, False), (cast, False), (other, False), (sizes, False), (mapped, False)
+    ):  # fmt: skip
         for module in modules:
             before = copy.deepcopy(module)
             text = error_of(lambda: torch.nn.Sequential(module).load_state_dict(bad, strict=strict))
@@ -713,7 +728,12 @@ def test_a_state_dict_is_never_taken_wrongly():
 0.w1 has dtype bfloat16; it takes float8_e4m3fn
 	0.w2 has dtype bfloat16; it takes float8_e4m3fn
 0.tp is [1, 2] in the state_dict; the module takes [0, 1]
-0.intermediate_size is 256 in the state_dict; the module takes 128""")
+0.intermediate_size is 256 in the state_dict; the module takes 128
+0.expert_map is in the state_dict; the module has none, and its experts lie in another order""")
+    module = Mxfp8Experts(4, 256, 128, expert_map=order, device=DEVICE)
+    before = copy.deepcopy(module)
+    assert "expert_map is missing in the state_dict" in error_of(lambda: module.load_state_dict(saved(source[0]), False))
+    assert same_buffers(module, before)
     model = torch.nn.Sequential(modules[0])
     assert model.load_state_dict({}, strict=False).missing_keys[-1] == "0._extra_state"
     del state["0.w2"]
@@ -787,6 +807,9 @@ def test_wrong_construction():
         lambda: Mxfp8Experts(*sizes, expert_map=torch.tensor([0, 1, 1, -1], dtype=torch.int32)),
         lambda: Mxfp8Experts(*sizes, expert_map=torch.tensor([0, 1, 2], dtype=torch.int32)),
         lambda: Mxfp8Experts(*sizes, expert_map=torch.tensor([0, 1, 2, 3])),
+        lambda: Mxfp8Experts(*sizes, expert_map=[0, 1, 2, 3]),
+        lambda: Mxfp8Experts.from_weights(None, weights["w2"]),
+        lambda: Mxfp8Experts.from_weights(randn(4, 256, 256), None),
         lambda: Mxfp8Experts.from_weights(weights["w1"][0], weights["w2"]),
         lambda: Mxfp8Experts.from_weights(weights["w1"], weights["w2"]),
         lambda: Mxfp8Experts.from_weights(**weights | dict(w2=weights["w2"][:3])),
@@ -809,6 +832,9 @@ expert_parallel_map: ep_size is 5; it takes at most 4, one expert each
 Mxfp8Experts: expert_map has local experts [0, 1, 1]; it takes each of 0 to E - 1 once
 Mxfp8Experts: expert_map is int32 [3]; it takes int32 [4]
 Mxfp8Experts: expert_map is int64 [4]; it takes int32 [4]
+Mxfp8Experts: expert_map is a list; it takes a tensor
+Mxfp8Experts: w1 is None; it takes a tensor
+Mxfp8Experts: w2 is None; it takes a tensor
 Mxfp8Experts: w1 has 2 dimensions; it takes 3, [G, 2I, H]
 Mxfp8Experts: w1 has dtype float8_e4m3fn without w1_scale; it takes bfloat16, float16, float32
 Mxfp8Experts: w2 has 3 experts; it takes 4, as many as the others

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .arguments import ROUTING_WEIGHT_DTYPES, FusedMoe
 from .backends import registered
 from .dispatch import explain_call, known_backend
-from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES
+from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES, SCALE_ROUNDINGS
 from .layouts import LAYOUTS, ROW_MAJOR, padded_intermediate
 from .ops import fused_moe, preshuffle, quantize_preshuffle
 from .sharding import check_rank, expert_parallel_map, tensor_parallel_range
@@ -50,6 +50,23 @@ class SharedExpert:
     swiglu_alpha: float = 1.0
     swiglu_beta: float = 0.0
     swiglu_limit: float | None = None
+
+
+def check_source(gate_up_order: str, scale_rounding: str) -> None:
+    """Raises ValueError unless these say how weights are given and how they are quantised."""
+    for name, value, takes in (
+        ("gate_up_order", gate_up_order, GATE_UP_ORDERS),
+        ("scale_rounding", scale_rounding, SCALE_ROUNDINGS),
+    ):
+        if value not in takes:
+            *first, last = map(repr, takes)
+            raise ValueError(f"Mxfp8Experts: {name} is {value!r}; it takes {', '.join(first)} or {last}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        got = "None" if value is None else f"a {type(value).__name__}"
+        raise TypeError(f"Mxfp8Experts: {name} is {got}; it takes a tensor")
 
 
 def halves(w1: Tensor, gate_up_order: str, dim: int = 1) -> Tensor:
@@ -265,6 +282,7 @@ class Mxfp8Experts(nn.Module):
 
     def _check_expert_map(self, expert_map: Tensor) -> int:
         """How many experts are local."""
+        _check_tensor("expert_map", expert_map)
         if expert_map.dtype is not torch.int32 or expert_map.shape != (self.num_experts,):
             got = f"{str(expert_map.dtype)[6:]} {list(expert_map.shape)}"
             raise ValueError(f"Mxfp8Experts: expert_map is {got}; it takes int32 [{self.num_experts}]")
@@ -395,6 +413,8 @@ class Mxfp8Experts(nn.Module):
         Raises:
             ValueError, TypeError: an argument is not as above.
         """
+        _check_tensor("w1", w1)
+        _check_tensor("w2", w2)
         if w1.dim() != 3:
             raise ValueError(f"Mxfp8Experts: w1 has {w1.dim()} dimensions; it takes 3, [G, 2I, H]")
         device = torch.device(device) if device is not None else w1.device
@@ -451,7 +471,7 @@ class Mxfp8Experts(nn.Module):
         if isinstance(experts, int):
             shapes = dict(w1=2, w1_scale=2, w2=2, w2_scale=2, w1_bias=1, w2_bias=1)
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.dim() == shapes[name]:
+                if isinstance(tensor, Tensor) and tensor.dim() == shapes[name]:
                     tensors[name] = tensor.unsqueeze(0)
             experts = [experts]
         with torch.inference_mode():  # in which buffers made in either mode can be written
@@ -467,9 +487,9 @@ class Mxfp8Experts(nn.Module):
     ) -> None:
         """``update_weights``; ``new_on``: into new buffers on a device, or those given if nothing has to be changed."""
         tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-        if gate_up_order not in GATE_UP_ORDERS:
-            takes = " or ".join(map(repr, GATE_UP_ORDERS))
-            raise ValueError(f"Mxfp8Experts: gate_up_order is {gate_up_order!r}; it takes {takes}")
+        check_source(gate_up_order, scale_rounding)
+        for name, tensor in tensors.items():
+            _check_tensor(name, tensor)
         if not tensors:
             raise ValueError("Mxfp8Experts: no tensor is given")
         rows, slots = self._places(tensors, experts)
@@ -512,6 +532,10 @@ class Mxfp8Experts(nn.Module):
         """This rank's part of a given tensor: w1's as [n, 2, I, C], w1_bias [n, 2, I], w2's [n, H, C], w2_bias [n, H];
         bytes, if they are bytes. A view."""
         tensor = tensors[name]
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"Mxfp8Experts: {name} has layout {tensor.layout}; it takes torch.strided")
+        if tensor.is_meta and not self.w1.is_meta:
+            raise ValueError(f"Mxfp8Experts: {name} is on meta, without values; it takes a tensor that has them")
         of, _, kind = name.partition("_")
         gate_up = _WEIGHTS[of]
         if kind == "bias":
@@ -746,6 +770,13 @@ class Mxfp8Experts(nn.Module):
                 for name, value in dict(version=_FORMAT, **self._identity()).items()
                 if state.get(name) != value
             ]
+            key = f"{prefix}expert_map"
+            if named and (key in own) != (self.expert_map is not None):
+                wrong.append(
+                    f"{key} is in the state_dict; the module has none, and its experts lie in another order"
+                    if key in own
+                    else f"{key} is missing in the state_dict, whose experts lie in another order than the module's"
+                )
             if state.get("layout") not in LAYOUTS:
                 wrong.append(f"{prefix}layout is {state.get('layout')!r} in the state_dict; it takes {list(LAYOUTS)}")
             for name, shape, dtype in self._buffer_shapes():
