@@ -259,8 +259,19 @@ def rewritten(folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
     return folder
 
 
+def added(folder: Path, name: str, tensor: torch.Tensor) -> Path:
+    """The folder with one tensor more, in a file of its own."""
+    save_file({name: tensor}, folder / "more.safetensors")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = "more.safetensors"
+    path.write_text(json.dumps(index))
+    return folder
+
+
 def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
     layer = LAYER.format(0)
+    down = f"{layer}.experts.0.down_proj.weight"
     up, scale = f"{layer}.experts.1.up_proj.weight", f"{layer}.experts.1.up_proj.weight_scale_inv"
     texts = []
 
@@ -302,6 +313,11 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
     wrong(lambda folder: config(folder, swiglu_limit=7.0))
     wrong(lambda folder: config(folder, hidden_act="gelu"))
     wrong(lambda folder: None, shared=SharedExpert())
+    wrong(lambda folder: added(folder, up.replace("weight", "bias"), torch.zeros(I)))
+    wrong(lambda folder: rewritten(folder, down, torch.zeros(H).to(torch.float8_e4m3fn)))
+    wrong(lambda folder: (folder / "config.json").write_text("[]"))
+    wrong(lambda folder: config(folder, quantization_config="mxfp8"))
+    wrong(lambda folder: (folder / "model.safetensors.index.json").write_text("{}"))
     texts = [re.sub("file: .*; expected", "file: (what safetensors says); expected", text) for text in texts]
     assert_expected_inline("\n".join(texts), """\
 FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.weight is missing; expected F8_E4M3 [96, 256]: the index names this file for it
@@ -320,7 +336,36 @@ FOLDER/config.json is no JSON: Expecting property name enclosed in double quotes
 FOLDER/config.json: quantization_config is {'quant_method': 'fp8'}; expected one of MXFP8: quant_method 'mxfp8', 'modelopt' with quant_algo 'MXFP8', 'compressed-tensors' with format 'mxfp8-quantized', or 'quark' with fp8_e4m3 weights per_group of 32 and scale_format 'e8m0'
 FOLDER/config.json: the activation is {'swiglu_limit': 7.0}, not plain SwiGLU; expected swiglu_alpha, swiglu_beta and swiglu_limit to be given
 FOLDER/config.json: the activation is {'hidden_act': 'gelu'}, not plain SwiGLU; expected swiglu_alpha, swiglu_beta and swiglu_limit to be given
-FOLDER: tensor model.layers.0.mlp.shared_experts.gate_proj.weight is missing; expected F8_E4M3 [96, 256]""")
+FOLDER: tensor model.layers.0.mlp.shared_experts.gate_proj.weight is missing; expected F8_E4M3 [96, 256]
+FOLDER/more.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.bias would be left out; expected no biases but stacked ones, experts.gate_up_proj_bias and experts.down_proj_bias
+FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.0.down_proj.weight is F8_E4M3 [256]; expected 2 dimensions, [H, I]
+FOLDER/config.json is a list; expected a JSON object
+FOLDER/config.json: quantization_config is 'mxfp8'; expected a JSON object
+FOLDER/model.safetensors.index.json: weight_map is None; expected a JSON object""")
+
+
+@pytest.mark.parametrize("suffix", ("", ".weight"))
+def test_stacked_tensors_that_would_be_taken_wrongly(suffix, tmp_path):
+    weights, layer = quantised(0), LAYER.format(0)
+    tensors = {
+        f"{layer}.experts.{matrix}{suffix if kind == '' else kind}": weights[name + kind.removesuffix("_inv")]
+        for name, matrix in (("w1", "gate_up_proj"), ("w2", "down_proj"))
+        for kind in ("", "_scale_inv")
+    }
+    if suffix:
+        tensors = {name.replace("_scale_inv", ".weight_scale_inv"): x for name, x in tensors.items()}
+    folder = write(tmp_path / "model", tensors, FORMS["mxfp8"].config([]), files=1)
+    assert load_experts(folder)[layer].num_experts == G
+    assert error_of(lambda: load_experts(folder, gate_up_order="interleave")) == (
+        "Mxfp8Experts: gate_up_order is 'interleave'; it takes 'concatenated' or 'interleaved'"
+    )
+    assert "scale_rounding is 'up'" in error_of(lambda: load_experts(folder, scale_rounding="up"))
+    added(folder, f"{layer}.experts.down_proj.bias", torch.zeros(G, H))
+    assert "experts.down_proj.bias would be left out" in error_of(lambda: load_experts(folder))
+    rewritten(folder, f"{layer}.experts.gate_up_proj{suffix}", torch.zeros(()).to(torch.float8_e4m3fn))
+    assert f"gate_up_proj{suffix} is F8_E4M3 []; expected 3 dimensions, [E, 2I, H]" in error_of(
+        lambda: load_experts(folder)
+    )
 
 
 def test_a_given_activation_is_taken(tmp_path):

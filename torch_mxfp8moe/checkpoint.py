@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .experts import Mxfp8Experts, SharedExpert
+from .experts import Mxfp8Experts, SharedExpert, check_source
 from .formats import BLOCK
 
 __all__ = ["Checkpoint", "CheckpointError", "FORMS", "Form", "load_experts", "show_progress"]
@@ -157,13 +157,21 @@ def show_progress(done: int, total: int, what: str) -> None:
         print(f"\r\033[K[{'#' * width:<30}] {done}/{total} {what}", end=end, file=sys.stderr, flush=True)
 
 
+def _object(value: object, what: str) -> dict:
+    """A value of JSON, which has to be an object."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what}; expected a JSON object")
+    return value
+
+
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; a checkpoint folder has one") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
+    return _object(value, f"{path} is a {type(value).__name__}")
 
 
 class Checkpoint:
@@ -206,6 +214,7 @@ class Checkpoint:
             quantization = read_json(path).get("quantization")
         if not quantization:
             return None
+        _object(quantization, f"{path}: quantization_config is {quantization!r}")
         for form in FORMS.values():
             if form.recognise(quantization):
                 return form
@@ -239,7 +248,8 @@ class Checkpoint:
     def _files(self) -> dict[str, str]:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            return read_json(index)["weight_map"]
+            files = read_json(index).get("weight_map")
+            return _object(files, f"{index}: weight_map is {files!r}")
         if not (self.folder / "model.safetensors").exists():
             raise CheckpointError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json")
         return dict.fromkeys(self.open("model.safetensors").keys(), "model.safetensors")
@@ -252,7 +262,8 @@ class Checkpoint:
             elif match := stacked_of(name):
                 stacked.add((match["layer"], name))
         for layer, name in stacked:
-            layers[layer] = self._slice(name).get_shape()[0]
+            dims = "E, 2I, H" if "gate_up_proj" in name else "E, H, I"
+            layers[layer] = self._shape(name, dims)[0]
         return {layer: layers[layer] for layer in sorted(layers, key=_natural)}
 
     # --- tensors
@@ -270,6 +281,17 @@ class Checkpoint:
             raise CheckpointError(
                 f"{path}: tensor {name} is missing; expected {takes or 'it'}: the index names this file for it"
             ) from error
+
+    def _shape(self, name: str, dims: str) -> list[int]:
+        """Of a tensor that is to have these dimensions."""
+        tensor, rank = self._slice(name), len(dims.split(","))
+        shape = tensor.get_shape()
+        if len(shape) != rank:
+            raise CheckpointError(
+                f"{self.folder / self.files[name]}: tensor {name} is {tensor.get_dtype()} {list(shape)}; expected "
+                f"{rank} dimensions, [{dims}]"
+            )
+        return shape
 
     def _expect(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], beside: str = ""):
         takes = f"{' or '.join(dtypes)} {list(shape)}"
@@ -304,13 +326,14 @@ class Checkpoint:
                 return name
         return None
 
-    def _first(self, layer: str):
-        """A down projection of a layer, not read yet."""
-        return self._slice(self._stacked_name(layer, "down_proj") or self._expert_name(layer, 0, "down"))
+    def _first(self, layer: str) -> str:
+        """The name of a down projection of a layer."""
+        return self._stacked_name(layer, "down_proj") or self._expert_name(layer, 0, "down")
 
     def sizes(self, layer: str) -> tuple[int, int, int]:
         """G, H and the whole I of a layer, as its tensors have them."""
-        hidden, intermediate = self._first(layer).get_shape()[-2:]
+        name = self._first(layer)
+        hidden, intermediate = self._shape(name, "E, H, I" if stacked_of(name) else "H, I")[-2:]
         return self.layers[layer], hidden, intermediate
 
     # --- modules
@@ -355,12 +378,14 @@ class Checkpoint:
                 and the activation, which has to be given where config.json speaks of another than plain SwiGLU.
 
         Raises:
-            CheckpointError: a tensor is missing, or not of the dtype and shape that is expected.
+            CheckpointError: a tensor is missing, or not of the dtype and shape that is expected, or a bias is not read.
+            ValueError, TypeError: an option is not as above.
         """
         self._check_activation(options)
         count, hidden, intermediate = self.sizes(layer)
         interleaved = self.config.get("model_type") == "gpt_oss"
         order = gate_up_order or ("interleaved" if interleaved else "concatenated")
+        check_source(order, scale_rounding)
         biases = self._biases(layer, count, hidden, intermediate)
         module = Mxfp8Experts(
             count, hidden, intermediate, shared=shared, device="meta", bias=bool(biases), **options
@@ -369,7 +394,8 @@ class Checkpoint:
         direct = module.layout == "row_major" and module.w1.device.type == "cpu" and self.form is not None
         target = {name: getattr(module, name) for name in ("w1", "w1_scale", "w2", "w2_scale")}
         if not direct:
-            dtype = torch.float8_e4m3fn if self.form else _HIGH_PRECISION.get(self._first(layer).get_dtype())
+            given = self._slice(self._first(layer)).get_dtype()
+            dtype = torch.float8_e4m3fn if self.form else _HIGH_PRECISION.get(given)
             inner, slots = module.local_intermediate_size, module.num_local_experts + module.num_shared
             shapes = dict(w1=(slots, 2 * inner, hidden), w2=(slots, hidden, inner))
             target = {name: torch.empty(shape, dtype=dtype, device="cpu") for name, shape in shapes.items()}
@@ -403,6 +429,12 @@ class Checkpoint:
 
         def read(weight: str, expert_slots: list[tuple[int, int, int]], matrix: str, shape: tuple[int, int]) -> None:
             """(expert's first row or column, slot, index in a stack or -1) of the tensors of one matrix."""
+            bias = f"{weight.removesuffix('.weight')}.bias"
+            if bias in self.files:
+                raise CheckpointError(
+                    f"{self.folder / self.files[bias]}: tensor {bias} would be left out; expected no biases but "
+                    "stacked ones, experts.gate_up_proj_bias and experts.down_proj_bias"
+                )
             for kind, (name, dtypes, block) in self._kinds(weight).items():
                 whole = shape[0], shape[1] // block
                 lead = () if expert_slots[0][2] < 0 else (count,)
