@@ -711,11 +711,15 @@ def test_a_state_dict_is_never_taken_wrongly():
     other = saved(torch.nn.Sequential(Mxfp8Experts.from_weights(**weights, tp_rank=1, tp_size=2)))
     sizes = saved(torch.nn.Sequential(Mxfp8Experts.from_weights(**layer(I=256)[0])))
     modules = [Mxfp8Experts(4, 256, 128, layout=layout, device=DEVICE) for layout in LAYOUTS]
+    every = {name: x.bfloat16() for name, x in state.items()}
+    listed = state | {"0._extra_state": torch.tensor(list(b"[]"), dtype=torch.uint8)}
+    garbled = state | {"0._extra_state": torch.tensor([255, 1], dtype=torch.uint8)}
     order = torch.tensor([1, 0, 3, 2], dtype=torch.int32)
     mapped = saved(torch.nn.Sequential(Mxfp8Experts.from_weights(**weights, expert_map=order)))
     texts = []
     for bad, strict in (
-        (unnamed, True), (unnamed, False), (cast, False), (other, False), (sizes, False), (mapped, False)
+        (unnamed, True), (unnamed, False), (cast, False), (every, True), (listed, True), (garbled, True),
+        (other, False), (sizes, False), (mapped, False),
     ):  # fmt: skip
         for module in modules:
             before = copy.deepcopy(module)
@@ -727,6 +731,9 @@ def test_a_state_dict_is_never_taken_wrongly():
 0.w1: 0._extra_state is missing, which says in what layout it is; tensors of a checkpoint go through from_weights or update_weights
 0.w1 has dtype bfloat16; it takes float8_e4m3fn
 	0.w2 has dtype bfloat16; it takes float8_e4m3fn
+0._extra_state is not what a state_dict of Mxfp8Experts has, a JSON object in bytes of uint8
+0._extra_state is not what a state_dict of Mxfp8Experts has, a JSON object in bytes of uint8
+0._extra_state is not what a state_dict of Mxfp8Experts has, a JSON object in bytes of uint8
 0.tp is [1, 2] in the state_dict; the module takes [0, 1]
 0.intermediate_size is 256 in the state_dict; the module takes 128
 0.expert_map is in the state_dict; the module has none, and its experts lie in another order""")

@@ -764,7 +764,12 @@ class Mxfp8Experts(nn.Module):
             )
             return
         if prefix + _STATE in own:
-            state = json.loads(bytes(own[prefix + _STATE].tolist()))
+            state = _parsed(own[prefix + _STATE])
+            if state is None:
+                error_msgs.append(
+                    f"{prefix}{_STATE} is not what a state_dict of Mxfp8Experts has, a JSON object in bytes of uint8"
+                )
+                return
             wrong = [
                 f"{prefix}{name} is {state.get(name)} in the state_dict; the module takes {value}"
                 for name, value in dict(version=_FORMAT, **self._identity()).items()
@@ -777,8 +782,8 @@ class Mxfp8Experts(nn.Module):
                     if key in own
                     else f"{key} is missing in the state_dict, whose experts lie in another order than the module's"
                 )
-            if state.get("layout") not in LAYOUTS:
-                wrong.append(f"{prefix}layout is {state.get('layout')!r} in the state_dict; it takes {list(LAYOUTS)}")
+            if state.get("layout") not in (takes := list(LAYOUTS)):
+                wrong.append(f"{prefix}layout is {state.get('layout')!r} in the state_dict; it takes {takes}")
             for name, shape, dtype in self._buffer_shapes():
                 got = own.get(prefix + name)
                 if got is not None and not name.endswith("bias") and got.dtype is not dtype:
@@ -818,6 +823,17 @@ class Mxfp8Experts(nn.Module):
                         activation_dtype="mxfp8", backend="auto")  # fmt: skip
         parts += [f"{name}={value!r}" for name, value in self.options.items() if value != defaults[name]]
         return ", ".join(parts)
+
+
+def _parsed(extra_state: object) -> dict | None:
+    """What ``get_extra_state`` wrote, or None for anything else."""
+    if not isinstance(extra_state, Tensor) or extra_state.dtype is not torch.uint8 or extra_state.is_meta:
+        return None
+    try:
+        state = json.loads(bytes(extra_state.tolist()))
+    except ValueError:
+        return None
+    return state if isinstance(state, dict) else None
 
 
 def _words(*tensors: Tensor) -> tuple[Tensor, ...]:
