@@ -250,6 +250,12 @@ except ImportError as error:
 # --- what is wrong
 
 
+def config(folder: Path, **changes) -> None:
+    """Changes config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def rewritten(folder: Path, name: str, tensor: torch.Tensor | None) -> Path:
     """The folder with one tensor replaced, or left out of its file."""
     file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
@@ -282,10 +288,6 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
             load_experts(folder, **options)
         texts.append(str(error.value).replace(str(folder), "FOLDER"))
 
-    def config(folder, **changes):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
     def unnamed(folder, name):
         path = folder / "model.safetensors.index.json"
         index = json.loads(path.read_text())
@@ -312,6 +314,8 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
     wrong(lambda folder: config(folder, quantization_config=dict(quant_method="fp8", weight_block_size=[128, 128])))
     wrong(lambda folder: config(folder, swiglu_limit=7.0))
     wrong(lambda folder: config(folder, hidden_act="gelu"))
+    wrong(lambda folder: config(folder, num_local_experts=G + 1))
+    wrong(lambda folder: config(folder, text_config=dict(n_routed_experts=G + 3)))
     wrong(lambda folder: None, shared=SharedExpert())
     wrong(lambda folder: added(folder, up.replace("weight", "bias"), torch.zeros(I)))
     wrong(lambda folder: rewritten(folder, down, torch.zeros(H).to(torch.float8_e4m3fn)))
@@ -336,6 +340,8 @@ FOLDER/config.json is no JSON: Expecting property name enclosed in double quotes
 FOLDER/config.json: quantization_config is {'quant_method': 'fp8'}; expected one of MXFP8: quant_method 'mxfp8', 'modelopt' with quant_algo 'MXFP8', 'compressed-tensors' with format 'mxfp8-quantized', or 'quark' with fp8_e4m3 weights per_group of 32 and scale_format 'e8m0'
 FOLDER/config.json: the activation is {'swiglu_limit': 7.0}, not plain SwiGLU; expected swiglu_alpha, swiglu_beta and swiglu_limit to be given
 FOLDER/config.json: the activation is {'hidden_act': 'gelu'}, not plain SwiGLU; expected swiglu_alpha, swiglu_beta and swiglu_limit to be given
+FOLDER: tensor model.layers.0.mlp.experts.3.down_proj.weight is missing; expected 4 experts, config.json's num_local_experts
+FOLDER: tensor model.layers.0.mlp.experts.3.down_proj.weight is missing; expected 6 experts, config.json's n_routed_experts
 FOLDER: tensor model.layers.0.mlp.shared_experts.gate_proj.weight is missing; expected F8_E4M3 [96, 256]
 FOLDER/more.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.bias would be left out; expected no biases but stacked ones, experts.gate_up_proj_bias and experts.down_proj_bias
 FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.0.down_proj.weight is F8_E4M3 [256]; expected 2 dimensions, [H, I]
@@ -356,6 +362,11 @@ def test_stacked_tensors_that_would_be_taken_wrongly(suffix, tmp_path):
         tensors = {name.replace("_scale_inv", ".weight_scale_inv"): x for name, x in tensors.items()}
     folder = write(tmp_path / "model", tensors, FORMS["mxfp8"].config([]), files=1)
     assert load_experts(folder)[layer].num_experts == G
+    config(folder, num_experts=G + 1)
+    assert f"down_proj{suffix} is of {G} experts; expected {G + 1} experts, config.json's num_experts" in error_of(
+        lambda: load_experts(folder)
+    )
+    config(folder, num_experts=G)
     assert error_of(lambda: load_experts(folder, gate_up_order="interleave")) == (
         "Mxfp8Experts: gate_up_order is 'interleave'; it takes 'concatenated' or 'interleaved'"
     )

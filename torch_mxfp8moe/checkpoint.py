@@ -130,6 +130,9 @@ _SHARED = re.compile(rf"(?P<layer>.+)\.shared_experts\.(?P<matrix>{_NAMES})\.wei
 _HIGH_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SCALES = ("U8", "F8_E8M0")
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Keys of config.json, of which a family has one, for how many experts a layer has."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint is not what it has to be; names the file, the tensor and what was expected."""
@@ -204,6 +207,10 @@ class Checkpoint:
 
     def __exit__(self, *exception) -> None:
         self._open_files.clear()
+
+    def _text_config(self) -> dict:
+        """What config.json says of the language model, at its top or in text_config."""
+        return self.config | (self.config.get("text_config") or {})
 
     def _form(self) -> Form | None:
         path = self.folder / "config.json"
@@ -332,9 +339,17 @@ class Checkpoint:
 
     def sizes(self, layer: str) -> tuple[int, int, int]:
         """G, H and the whole I of a layer, as its tensors have them."""
-        name = self._first(layer)
+        name, count = self._first(layer), self.layers[layer]
         hidden, intermediate = self._shape(name, "E, H, I" if stacked_of(name) else "H, I")[-2:]
-        return self.layers[layer], hidden, intermediate
+        config = self._text_config()
+        for key in EXPERT_COUNTS:
+            if isinstance(config.get(key), int) and config[key] > count:
+                absent = f"{self._expert_name(layer, count, 'down')} is missing"
+                wrong = f"{name} is of {count} experts" if stacked_of(name) else absent
+                raise CheckpointError(
+                    f"{self.folder}: tensor {wrong}; expected {config[key]} experts, config.json's {key}"
+                )
+        return count, hidden, intermediate
 
     # --- modules
 
@@ -489,7 +504,7 @@ class Checkpoint:
 
     def _check_activation(self, options: dict) -> None:
         """Refuses to guess what config.json says of the activation in words of its own."""
-        config = self.config | (self.config.get("text_config") or {})
+        config = self._text_config()
         if any(name.startswith("swiglu_") for name in options):
             return
         special = {name: config[name] for name in config if "swiglu" in name and config[name] not in (None, False)}
