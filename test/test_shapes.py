@@ -9,6 +9,7 @@ from expecttest import assert_expected_inline
 
 from helpers import PACKAGE, error_of, only_cpu
 from shapes import SHAPES, rows
+from torch_mxfp8moe import configs
 
 TOOLS = PACKAGE.parent / "tools"
 
@@ -159,3 +160,10 @@ error: --rows all goes without other rows
 error: argument --shapes: /wrong.csv:2: topk is '5'; it takes 1 to 4, the number of experts
 error: argument --shapes: [Errno 2] No such file or directory: '/none.csv'""",
     )  # fmt: skip
+
+
+def test_shapes_that_nothing_is_tuned_for():
+    """Those that docs/hopper.md has figures of: by the default rules, of which they are to say something."""
+    others = rows(TOOLS / "bench" / "others.csv")
+    assert len(others) == 10
+    assert not {row.shape for row in others.values()} & set(configs.load("sm_90").shapes)
