@@ -1,4 +1,5 @@
 """The machine code of the product in which one warp loads (sm_90): are the matrix unit's right operands where they lie?
+And of the PTX that it is made of: do its warps tell each other only of what is done?
 
 ptxas 12.8 gave one width of a tile the operand addresses of the other, in code that looks right one instruction at a
 time. So it is run, as far as addresses go: the uniform registers, which hold them, along random paths. What comes from

@@ -52,3 +52,10 @@ def test_a_slow_first_call_is_marked(monkeypatch, capsys):
     monkeypatch.setattr(program.subprocess, "run", lambda *args, **kwargs: Done)
     assert program.main(["--device", DEVICE.type, "--rows", ROW]) == 1
     assert "first calls take 1.060 of later ones' time at the most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ("--tokens", "--repeat", "--shrink"))
+def test_counts_from_1_on(option, capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--device", DEVICE.type, option, "0"])
+    assert f"error: {option} takes numbers from 1 on, not 0" in capsys.readouterr().err

@@ -321,6 +321,7 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
     wrong(lambda folder: rewritten(folder, down, torch.zeros(H).to(torch.float8_e4m3fn)))
     wrong(lambda folder: (folder / "config.json").write_text("[]"))
     wrong(lambda folder: config(folder, quantization_config="mxfp8"))
+    wrong(lambda folder: config(folder, text_config="mxfp8"))
     wrong(lambda folder: (folder / "model.safetensors.index.json").write_text("{}"))
     texts = [re.sub("file: .*; expected", "file: (what safetensors says); expected", text) for text in texts]
     assert_expected_inline("\n".join(texts), """\
@@ -347,6 +348,7 @@ FOLDER/more.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.bias would 
 FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.0.down_proj.weight is F8_E4M3 [256]; expected 2 dimensions, [H, I]
 FOLDER/config.json is a list; expected a JSON object
 FOLDER/config.json: quantization_config is 'mxfp8'; expected a JSON object
+FOLDER/config.json: text_config is 'mxfp8'; expected a JSON object
 FOLDER/model.safetensors.index.json: weight_map is None; expected a JSON object""")
 
 

@@ -409,7 +409,7 @@ counts = (0, 1, 7, 40, 300)
 inputs = sample(5)
 torch_mxfp8moe.warmup(counts, **inputs, **GPT_OSS)
 warm = len(compiled)
-assert warm >= 8, compiled
+assert warm >= 10, compiled
 for T in counts:
     fresh = sample(T, seed=T)
     hostile(fresh)

@@ -14,6 +14,7 @@ from torch_mxfp8moe import configs
 TOOLS = PACKAGE.parent / "tools"
 
 pytestmark = only_cpu
+needs_tools = pytest.mark.skipif(not TOOLS.exists(), reason="needs the source tree")
 
 NEEDED = "model,hidden,intermediate,experts,topk\n"
 
@@ -120,7 +121,7 @@ def test_what_is_wrong_with_a_file(read):
     )
 
 
-@pytest.mark.skipif(not TOOLS.exists(), reason="needs the source tree")
+@needs_tools
 def test_rows_of_a_file_or_of_the_shipped_one(tmp_path, capsys):
     sys.path.insert(0, str(TOOLS))
     import options
@@ -162,6 +163,7 @@ error: argument --shapes: [Errno 2] No such file or directory: '/none.csv'""",
     )  # fmt: skip
 
 
+@needs_tools
 def test_shapes_that_nothing_is_tuned_for():
     """Those that docs/hopper.md has figures of: by the default rules, of which they are to say something."""
     others = rows(TOOLS / "bench" / "others.csv")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 import torch_mxfp8moe  # noqa: E402
 from bench import machine, timing  # noqa: E402
 from bench.report import Csv  # noqa: E402
-from options import add_rows, settle_rows  # noqa: E402
+from options import add_rows, check_counts, settle_rows  # noqa: E402
 
 TOKENS = (1, 16, 256, 1024, 8192)
 ROWS = ("MiniMax-M3 TP4", "Qwen3-30B-A3B TP1")
@@ -124,6 +124,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     settle_rows(parser, args)
+    for name in ("tokens", "repeat", "shrink"):
+        counts = getattr(args, name)
+        check_counts(parser, f"--{name}", [counts] if isinstance(counts, int) else counts)
     machine.check_device(parser, args.device)
     return args
 

@@ -33,7 +33,7 @@ import torch_mxfp8moe  # noqa: E402
 from bench import report, timing  # noqa: E402
 from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer  # noqa: E402
 from bench.report import HOST, STEP, WHOLE, Figure  # noqa: E402
-from options import add_rows, settle_rows  # noqa: E402
+from options import add_rows, check_counts, settle_rows  # noqa: E402
 from shapes import Row  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe.layouts import LAYOUTS  # noqa: E402
@@ -268,8 +268,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing: ratios and picture of a --csv file")
     args = parser.parse_args(argv)
     settle_rows(parser, args)
-    if any(T < 1 for T in args.tokens or ()):
-        parser.error(f"--tokens takes numbers from 1 on, not {min(args.tokens)}")
+    check_counts(parser, "--tokens", args.tokens or ())
     if args.repeat < 5:
         parser.error(f"--repeat is {args.repeat}; it takes 5 or more")
     if args.picture:

@@ -43,3 +43,9 @@ def settle_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         if name not in known:
             parser.error(f"--rows: there is no row {name!r}; there are {', '.join(known)}")
     args.rows = {name: known[name] for name in names}
+
+
+def check_counts(parser: argparse.ArgumentParser, option: str, counts: Sequence[int]) -> None:
+    """Ends the program unless all that an option was given are from 1 on."""
+    if any(count < 1 for count in counts):
+        parser.error(f"{option} takes numbers from 1 on, not {min(counts)}")

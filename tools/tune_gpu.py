@@ -40,7 +40,7 @@ from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all, is_of, settle_keys  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
 from bench.tuning import GEMMS, REST, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
-from options import add_rows, settle_rows  # noqa: E402
+from options import add_rows, check_counts, settle_rows  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
@@ -155,7 +155,7 @@ class Tuner:
         result = []
         for T in self.args.tokens:
             point = Point(row.name, row.shape, T)
-            serving = [tiles for tiles in rules if tiles.serves(T, *point.topk_of_experts)]
+            serving = [tiles for tiles in rules if point.served_by(tiles)]
             for kernels in dict.fromkeys([*(tiles.kernels for tiles in serving), *admitted]):
                 space = self.space[kernels]
                 now = [tiles for tiles in serving if tiles.kernels == kernels][:1]
@@ -423,8 +423,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="only make the file, --out, from the journal")
     args = parser.parse_args(argv)
     settle_rows(parser, args)
-    if any(T < 1 for T in args.tokens):
-        parser.error(f"--tokens takes numbers from 1 on, not {min(args.tokens)}")
+    check_counts(parser, "--tokens", args.tokens)
     if not 0 < args.within < 100:
         parser.error(f"--within is {args.within:g}; it takes more than 0 and less than 100 percent")
     try:

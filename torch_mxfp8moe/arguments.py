@@ -41,7 +41,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _either(options) -> str:
+def either(options) -> str:
+    """Dtypes or other values, as errors name what is taken."""
     names = [_name(o) if isinstance(o, torch.dtype) else repr(o) for o in options]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
 
@@ -175,9 +176,9 @@ class Call:
     def _dtype(self, name: str, tensor: torch.Tensor | None, options: tuple[torch.dtype, ...]) -> torch.Tensor:
         """The tensor."""
         if tensor is None:
-            raise TypeError(f"{self.op}: {name} is None; it takes a tensor of {_either(options)}")
+            raise TypeError(f"{self.op}: {name} is None; it takes a tensor of {either(options)}")
         if tensor.dtype not in options:
-            raise TypeError(f"{self.op}: {name} has dtype {_name(tensor.dtype)}; it takes {_either(options)}")
+            raise TypeError(f"{self.op}: {name} has dtype {_name(tensor.dtype)}; it takes {either(options)}")
         return tensor
 
     def _rank(self, name: str, tensor: torch.Tensor, dims: str) -> None:
@@ -197,7 +198,7 @@ class Call:
 
     def _one_of(self, name: str, value: str, options) -> None:
         if value not in options:
-            raise ValueError(f"{self.op}: {name} is {value!r}; it takes {_either(options)}")
+            raise ValueError(f"{self.op}: {name} is {value!r}; it takes {either(options)}")
 
     def _strided(self, name: str, tensor: torch.Tensor) -> None:
         """Plain dense memory, last stride 1; anything before that may have any stride."""
@@ -346,7 +347,7 @@ class Dequantize(Call):
         self._dtype("data", self.data, (torch.float8_e4m3fn,))
         self._dtype("scale", self.scale, SCALE_DTYPES)
         if self.dtype not in HIGH_PRECISION_DTYPES:
-            raise TypeError(f"{self.op}: dtype is {_name(self.dtype)}; it takes {_either(HIGH_PRECISION_DTYPES)}")
+            raise TypeError(f"{self.op}: dtype is {_name(self.dtype)}; it takes {either(HIGH_PRECISION_DTYPES)}")
         self._value(self.data.dim() >= 1, "data", "has 0 dimensions", "1 or more, [..., C]")
         self._blocks("data", self.data)
         *lead, columns = self.data.shape
@@ -712,7 +713,7 @@ class FusedMoe(Call):
             got = f"is True with {self.topk} experts per token"
             self._value(self.topk == 1, "apply_router_weight_on_input", got, "one expert per token (K = 1)")
         if self.out_dtype is not None and self.out_dtype not in HIGH_PRECISION_DTYPES:
-            takes = _either(HIGH_PRECISION_DTYPES)
+            takes = either(HIGH_PRECISION_DTYPES)
             raise TypeError(f"{self.op}: out_dtype is {_name(self.out_dtype)}; it takes {takes}")
 
     def _check_out(self, out: torch.Tensor) -> None:

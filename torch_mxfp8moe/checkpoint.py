@@ -130,7 +130,7 @@ _SHARED = re.compile(rf"(?P<layer>.+)\.shared_experts\.(?P<matrix>{_NAMES})\.wei
 _HIGH_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SCALES = ("U8", "F8_E8M0")
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys of config.json, of which a family has one, for how many experts a layer has."""
 
 
@@ -208,14 +208,14 @@ class Checkpoint:
     def __exit__(self, *exception) -> None:
         self._open_files.clear()
 
-    def _text_config(self) -> dict:
-        """What config.json says of the language model, at its top or in text_config."""
-        return self.config | (self.config.get("text_config") or {})
+    def _text(self) -> dict:
+        """What config.json has for the language model alone."""
+        text = self.config.get("text_config") or {}
+        return _object(text, f"{self.folder / 'config.json'}: text_config is {text!r}")
 
     def _form(self) -> Form | None:
         path = self.folder / "config.json"
-        text = self.config.get("text_config") or {}
-        quantization = self.config.get("quantization_config") or text.get("quantization_config")
+        quantization = self.config.get("quantization_config") or self._text().get("quantization_config")
         if not quantization and (self.folder / "hf_quant_config.json").exists():
             path = self.folder / "hf_quant_config.json"  # ModelOpt's own
             quantization = read_json(path).get("quantization")
@@ -341,8 +341,8 @@ class Checkpoint:
         """G, H and the whole I of a layer, as its tensors have them."""
         name, count = self._first(layer), self.layers[layer]
         hidden, intermediate = self._shape(name, "E, H, I" if stacked_of(name) else "H, I")[-2:]
-        config = self._text_config()
-        for key in EXPERT_COUNTS:
+        config = self.config | self._text()
+        for key in _EXPERT_COUNTS:
             if isinstance(config.get(key), int) and config[key] > count:
                 absent = f"{self._expert_name(layer, count, 'down')} is missing"
                 wrong = f"{name} is of {count} experts" if stacked_of(name) else absent
@@ -504,7 +504,7 @@ class Checkpoint:
 
     def _check_activation(self, options: dict) -> None:
         """Refuses to guess what config.json says of the activation in words of its own."""
-        config = self._text_config()
+        config = self.config | self._text()
         if any(name.startswith("swiglu_") for name in options):
             return
         special = {name: config[name] for name in config if "swiglu" in name and config[name] not in (None, False)}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import ROUTING_WEIGHT_DTYPES, FusedMoe
+from .arguments import ROUTING_WEIGHT_DTYPES, FusedMoe, either
 from .backends import registered
 from .dispatch import explain_call, known_backend
 from .formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_DTYPES, SCALE_ROUNDINGS
@@ -59,8 +59,7 @@ def check_source(gate_up_order: str, scale_rounding: str) -> None:
         ("scale_rounding", scale_rounding, SCALE_ROUNDINGS),
     ):
         if value not in takes:
-            *first, last = map(repr, takes)
-            raise ValueError(f"Mxfp8Experts: {name} is {value!r}; it takes {', '.join(first)} or {last}")
+            raise ValueError(f"Mxfp8Experts: {name} is {value!r}; it takes {either(takes)}")
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -782,7 +781,8 @@ class Mxfp8Experts(nn.Module):
                     if key in own
                     else f"{key} is missing in the state_dict, whose experts lie in another order than the module's"
                 )
-            if state.get("layout") not in (takes := list(LAYOUTS)):
+            takes = list(LAYOUTS)  # JSON has values that a dict cannot be asked for
+            if state.get("layout") not in takes:
                 wrong.append(f"{prefix}layout is {state.get('layout')!r} in the state_dict; it takes {takes}")
             for name, shape, dtype in self._buffer_shapes():
                 got = own.get(prefix + name)

@@ -214,13 +214,13 @@ class Point:
         return self.row, self.shape
 
     @property
-    def topk_of_experts(self) -> tuple[int, int]:
-        return self.shape[3], self.shape[2]
-
-    @property
     def rows(self) -> float:
         """Rows per expert, by which files choose."""
         return self.T * self.shape[3] / self.shape[2]
+
+    def served_by(self, tiles: Tiles) -> bool:
+        """Whether a rule is for its calls, as far as their number of rows goes."""
+        return tiles.serves(self.T, self.shape[3], self.shape[2])
 
 
 @dataclass(frozen=True)
@@ -651,8 +651,8 @@ def rules_of(data: Json, shape: tuple[int, int, int, int]) -> list[Json]:
 
 def chosen(rules: list[Json], point: Point, kernels: Sequence[str] = CALLS[0]) -> Tile:
     """The one of a file's ``rules`` that serves a point's calls, which are admitted to ``kernels``."""
-    tiles = ((Tile.of_file(rule), configs.rule("rule", rule)) for rule in rules)
-    return next(t for t, rule in tiles if rule.serves(point.T, *point.topk_of_experts) and t.kernels in kernels)
+    tiles = ((rule, configs.rule("rule", rule)) for rule in rules)
+    return next(Tile.of_file(rule) for rule, one in tiles if point.served_by(one) and one.kernels in kernels)
 
 
 def dump(data: Json) -> str:

@@ -251,7 +251,8 @@ class _Sorted(_Part):
         count = self.tiles_bound * triton.cdiv(self.inner.shape[1] if gate_up else n, tile.block_n)
         block_k, num_stages = tile.block_k, tile.num_stages
         if block_k == 256 and tile.turns == 1 and 8 * (-columns % 256 - -columns % 128) > columns:
-            # Less than an eighth of the work with a last stage that is half empty. As much memory, as far as it helps.
+            # The half of the last stage that would be empty is more than an eighth of the columns. Smaller stages take
+            # about as much memory when they are more.
             block_k, num_stages = 128, (3 * num_stages + 1) // 2
         box = min(block_k, 128)
         weights = self._weights(name)
