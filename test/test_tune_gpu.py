@@ -157,6 +157,18 @@ def test_tiles_without_room_are_not_tried():
     assert tuning.fits("gemm1", rule, tile | {"num_warps": 8}) and tuning.fits("rest", rule, {})
 
 
+def test_turns_without_a_stage_for_each_are_not_tried():
+    """The second product of a small intermediate size has one stage."""
+    rule = {"block_m": 16, "kernels": "hopper"}
+    turns = {"block_n": 64, "block_k": 256, "num_warps": 4, "num_stages": 8, "programs": 1, "turns": 2}
+    seeds = [turns, turns | {"block_k": 128}]
+    for intermediate, wanted in ((128, []), (256, seeds[1:]), (320, seeds)):
+        search = Search(point(4, (2048, intermediate, 8, 2)), "gemm2", rule, {}, {})
+        assert search.propose(seeds, descend=False) == wanted
+    search = Search(point(4, (2048, 128, 8, 2)), "gemm1", rule, {}, {})
+    assert search.propose([turns | {"block_n": 32}], descend=False)
+
+
 @pytest.mark.parametrize(
     "block_m, warps, stages, programs, turns, fit",
     [(128, 4, 4, 2, 1, True), (16, 8, 4, 3, 1, False), (128, 8, 7, 1, 1, False), (32, 4, 8, 1, 2, True)],

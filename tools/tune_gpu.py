@@ -174,7 +174,7 @@ class Tuner:
                         if not now or rule != tuning.rule_json(now[0]):
                             starts = self.listed(rule, part) + starts
                         starts.append(tuning.PARTNERS[kernels][part])
-                        start = next(tile for tile in starts if tuning.fits(part, rule, tile))
+                        start = next(tile for tile in starts if tuning.can_run(part, rule, tile, row.shape))
                         result.append(Search(point, part, rule, start, space[part]))
         return result
 

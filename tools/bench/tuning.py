@@ -194,6 +194,14 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
     return True
 
 
+def can_run(part: str, rule: Json, tile: Json, shape: Sequence[int]) -> bool:
+    """Whether there is room for a tile, and weights of ``shape`` have a stage for each of its turns."""
+    if part == REST or not fits(part, rule, tile):
+        return part == REST
+    at = GEMMS.index(part)
+    return shape[at] > tiles_of(rule, **with_partner(part, rule, tile)).more_than[at]
+
+
 def key(tile: Json) -> str:
     return json.dumps(tile, sort_keys=True)
 
@@ -349,7 +357,7 @@ class Search:
         else:
             wanted = [*seeds, *self.neighbours(self.best[0])]
         new = [json.loads(name) for name in dict.fromkeys(map(key, wanted)) if name not in self.times]
-        return [tile for tile in new if fits(self.part, self.rule, tile)]
+        return [tile for tile in new if can_run(self.part, self.rule, tile, self.point.shape)]
 
 
 Candidates = dict[str, dict[str, dict[str, list[Json]]]]
