@@ -405,8 +405,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="activation_dtype of the calls; bf16 has a file of its own (default mxfp8)")  # fmt: skip
     parser.add_argument("--layout", default="row_major", choices=list(LAYOUTS), help="of the weights")
     parser.add_argument("--minutes", type=float, default=600, help="after which it writes what it has (default 600)")
-    parser.add_argument("--within", type=float, default=2.0, metavar="PERCENT",
-                        help="what rules may cost over the best tile of each point (default 2)")  # fmt: skip
+    parser.add_argument("--within", type=float, default=1.0, metavar="PERCENT",
+                        help="what rules may cost over the best tile of each point (default 1)")  # fmt: skip
     parser.add_argument("--journal", type=Path, default=Path("tune_gpu.jsonl"), metavar="FILE",
                         help="results, read and appended to (default %(default)s)")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="the tile file (default: the package's, for this GPU)")
