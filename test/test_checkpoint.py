@@ -300,6 +300,7 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
 
     wrong(lambda folder: rewritten(folder, up, None))
     wrong(lambda folder: unnamed(folder, up))
+    wrong(lambda folder: unnamed(folder, down))
     wrong(lambda folder: unnamed(folder, scale))
     wrong(lambda folder: rewritten(folder, scale, torch.zeros(I, H // 16, dtype=torch.uint8)))
     wrong(lambda folder: rewritten(folder, scale, torch.zeros(I, H // 32)))
@@ -327,6 +328,7 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
     assert_expected_inline("\n".join(texts), """\
 FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.weight is missing; expected F8_E4M3 [96, 256]: the index names this file for it
 FOLDER: tensor model.layers.0.mlp.experts.1.up_proj.weight is missing; expected F8_E4M3 [96, 256]
+FOLDER: tensor model.layers.0.mlp.experts.0.down_proj.weight is missing; expected [H, I]
 FOLDER: tensor model.layers.0.mlp.experts.1.up_proj.weight_scale_inv is missing; expected U8 or F8_E8M0 [96, 8], beside model.layers.0.mlp.experts.1.up_proj.weight in FOLDER/model-1.safetensors
 FOLDER/model-0.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.weight_scale_inv is U8 [96, 16]; expected U8 or F8_E8M0 [96, 8]
 FOLDER/model-0.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.weight_scale_inv is F32 [96, 8]; expected U8 or F8_E8M0 [96, 8]
@@ -350,6 +352,44 @@ FOLDER/config.json is a list; expected a JSON object
 FOLDER/config.json: quantization_config is 'mxfp8'; expected a JSON object
 FOLDER/config.json: text_config is 'mxfp8'; expected a JSON object
 FOLDER/model.safetensors.index.json: weight_map is None; expected a JSON object""")
+
+
+@pytest.mark.parametrize(
+    "other",
+    (
+        dict(quant_method="compressed-tensors", config_groups=dict(W8A8=["Linear"])),
+        dict(quant_method="compressed-tensors", format=["float-quantized"]),
+        dict(quant_method="compressed-tensors", config_groups=["W8A8"]),
+        dict(quant_method="quark", global_quant_config=dict(weight=[])),
+        dict(quant_method="quark", global_quant_config=dict(weight="fp8_e4m3")),
+        dict(quant_method="quark", global_quant_config=["fp8_e4m3"]),
+        dict(quant_method=["mxfp8"]),
+        dict(quant_algo="MIXED_PRECISION"),
+    ),
+    ids=str,
+)
+def test_a_format_that_is_not_known_whatever_it_has_in_its_config(other, tmp_path):
+    folder = write(tmp_path / "model", {}, other)
+    assert error_of(lambda: Checkpoint(folder)).startswith(f"{folder}/config.json: quantization_config is ")
+
+
+def test_a_layer_without_experts(tmp_path):
+    with Checkpoint(model(tmp_path / "model", layers=(0, 2))) as checkpoint:
+        assert error_of(lambda: checkpoint.load("model.layers.1.mlp")) == (
+            f"{checkpoint.folder}: model.layers.1.mlp has no experts; expected one of model.layers.0.mlp, "
+            "model.layers.2.mlp"
+        )
+
+
+@pytest.mark.parametrize("hidden, inner", ((H, 48), (40, I)))
+def test_sizes_that_are_no_whole_blocks(hidden, inner, tmp_path):
+    shapes = dict(gate_proj=(inner, hidden), up_proj=(inner, hidden), down_proj=(hidden, inner))
+    tensors = {f"mlp.experts.0.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    folder = write(tmp_path / "model", tensors, None, files=1)
+    assert error_of(lambda: load_experts(folder)) == (
+        f"{folder}/model-0.safetensors: tensor mlp.experts.0.down_proj.weight is F32 [{hidden}, {inner}]; expected "
+        "whole blocks of 32"
+    )
 
 
 @pytest.mark.parametrize("suffix", ("", ".weight"))

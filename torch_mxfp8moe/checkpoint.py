@@ -51,15 +51,20 @@ def _compressed_tensors_config(ignored: list[str]) -> dict:
     )
 
 
+def _entries(value: object) -> dict:
+    """An object of a quantization_config; empty for what another format has in its place, such as a preset's name."""
+    return value if isinstance(value, dict) else {}
+
+
 def _is_compressed_tensors(config: dict) -> bool:
-    groups = config.get("config_groups") or {}
-    formats = {config.get("format"), *(group.get("format") for group in groups.values())}
+    groups = _entries(config.get("config_groups")).values()
+    formats = [config.get("format"), *(_entries(group).get("format") for group in groups)]
     return config.get("quant_method") == "compressed-tensors" and "mxfp8-quantized" in formats
 
 
 def _is_quark(config: dict) -> bool:
-    weight = (config.get("global_quant_config") or {}).get("weight") or {}
-    weight = weight[0] if isinstance(weight, list) else weight
+    weight = _entries(config.get("global_quant_config")).get("weight")
+    weight = _entries(weight[0] if isinstance(weight, list) and weight else weight)
     wants = dict(dtype="fp8_e4m3", qscheme="per_group", group_size=BLOCK, scale_format="e8m0")
     return config.get("quant_method") == "quark" and all(weight.get(key) == value for key, value in wants.items())
 
@@ -291,7 +296,7 @@ class Checkpoint:
 
     def _shape(self, name: str, dims: str) -> list[int]:
         """Of a tensor that is to have these dimensions."""
-        tensor, rank = self._slice(name), len(dims.split(","))
+        tensor, rank = self._slice(name, f"[{dims}]"), len(dims.split(","))
         shape = tensor.get_shape()
         if len(shape) != rank:
             raise CheckpointError(
@@ -339,8 +344,17 @@ class Checkpoint:
 
     def sizes(self, layer: str) -> tuple[int, int, int]:
         """G, H and the whole I of a layer, as its tensors have them."""
+        if layer not in self.layers:
+            takes = f"one of {', '.join(self.layers)}" if self.layers else "a checkpoint that has some"
+            raise CheckpointError(f"{self.folder}: {layer} has no experts; expected {takes}")
         name, count = self._first(layer), self.layers[layer]
-        hidden, intermediate = self._shape(name, "E, H, I" if stacked_of(name) else "H, I")[-2:]
+        shape = self._shape(name, "E, H, I" if stacked_of(name) else "H, I")
+        hidden, intermediate = shape[-2:]
+        if hidden % BLOCK or intermediate % BLOCK:
+            raise CheckpointError(
+                f"{self.folder / self.files[name]}: tensor {name} is {self._slice(name).get_dtype()} {shape}; expected "
+                f"whole blocks of {BLOCK}"
+            )
         config = self.config | self._text()
         for key in _EXPERT_COUNTS:
             if isinstance(config.get(key), int) and config[key] > count:
