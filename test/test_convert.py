@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -106,9 +107,25 @@ def test_stacked_experts_are_written_one_by_one(tmp_path):
     with pytest.raises(CheckpointError) as error:
         tool.convert(folder, tmp_path / "again", progress=None)
     assert str(error.value) == (
-        f"{folder}/model.safetensors: tensor {layer}.experts.gate_up_proj is [3, 64, 128]; expected [E, 2I, 64], gate "
-        "rows before up rows"
+        f"{folder}/model.safetensors: tensor {layer}.experts.gate_up_proj is F32 [3, 64, 128]; expected BF16 or F16 or "
+        "F32 [3, 64, 64]"
     )
+    assert not (tmp_path / "again").exists()
+
+
+def test_gate_and_up_rows_in_turn(tmp_path):
+    """As the loader takes them in a gpt-oss checkpoint, the biases too."""
+    folder = tmp_path / "bf16"
+    folder.mkdir()
+    stem = "model.layers.0.mlp.experts"
+    shapes = {"gate_up_proj": (2 * I, H), "down_proj": (H, I), "gate_up_proj_bias": (2 * I,), "down_proj_bias": (H,)}
+    tensors = {f"{stem}.{name}": randn(E, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(model_type="gpt_oss", hidden_size=H)))
+    tool.convert(folder, tmp_path / "out", progress=None)
+    (want,), (got,) = (load_experts(path).values() for path in (folder, tmp_path / "out"))
+    for (name, x), (_, y) in zip(want.named_buffers(), got.named_buffers(), strict=True):
+        assert same_bytes(x, y), name
 
 
 @pytest.mark.parametrize("mode", ("rceil", "floor"))
@@ -130,6 +147,23 @@ def test_the_report(mode, tmp_path):
         assert reports["sample"][layer]["relative_l2"] == pytest.approx(numbers["relative_l2"], rel=0.2)
     assert reports["none"] == {} and not (tmp_path / "none" / tool.REPORT).exists()
     assert json.loads((tmp_path / "all" / tool.REPORT).read_text())["layers"] == reports["all"]
+
+
+def test_the_report_is_json_whatever_the_weights_are(tmp_path):
+    """Weights that MXFP8 holds exactly have an infinite SNR, and one that is NaN has none."""
+    folder = source(tmp_path / "bf16")
+    for layer, value in enumerate((1.0, math.nan)):
+        path = folder / f"layer-{layer}.safetensors"
+        tensors = {name: torch.full_like(x, value) for name, x in load_file(path).items()}
+        save_file(tensors, path)
+    exact, nan = tool.convert(folder, tmp_path / "out", progress=None).values()
+    assert exact == dict(relative_l2=0.0, snr_db=math.inf) and math.isnan(nan["relative_l2"])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    layers = json.loads((tmp_path / "out" / tool.REPORT).read_text(), parse_constant=refuse)["layers"]
+    assert list(layers.values()) == [dict(relative_l2=0.0, snr_db=None), dict(relative_l2=None, snr_db=None)]
 
 
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
@@ -177,6 +211,37 @@ def test_what_was_finished_otherwise_is_done_again(tmp_path, monkeypatch):
     assert same_bytes(tensors_of(out)[name], torch_mxfp8moe.quantize_1x32(changed[name])[0])
 
 
+def test_a_folder_that_was_converted_into_before(tmp_path, monkeypatch):
+    """While it is not whole it has no config.json, and what another checkpoint left there is not taken for its own."""
+    folder, out = source(tmp_path / "bf16"), tmp_path / "out"
+    tool.convert(folder, out, progress=None)
+
+    def dies(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "convert_file", dies)
+        with pytest.raises(KeyboardInterrupt):
+            tool.convert(folder, out, scale_rounding="floor", progress=None)
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        load_experts(out)
+    (folder / "tokenizer.json").write_text('{"changed": true}')
+    tool.convert(folder, out, progress=None)
+    assert (out / "tokenizer.json").read_text() == '{"changed": true}'
+
+    single = tmp_path / "single"
+    single.mkdir()
+    save_file(load_file(folder / "layer-0.safetensors"), single / "model.safetensors")
+    (single / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as error:
+        tool.convert(single, out, progress=None)
+    assert str(error.value) == f"{out} has layer-0.safetensors, of another checkpoint; expected an empty folder"
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    tool.convert(single, out, progress=None)
+    assert list(load_experts(out)) == ["model.layers.0.mlp"]
+
+
 def test_what_cannot_be_converted(tmp_path):
     folder = source(tmp_path / "bf16")
     tool.convert(folder, tmp_path / "out", progress=None)
@@ -187,6 +252,20 @@ def test_what_cannot_be_converted(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=text):
             tool.convert(*wrong, progress=None)
+
+
+@pytest.mark.parametrize("to", (None, torch.zeros(I, H + 32), torch.zeros(2, I, H), torch.zeros(()), "int32"), ids=repr)
+def test_nothing_is_written_of_a_checkpoint_that_is_not_whole(to, tmp_path):
+    folder, path = source(tmp_path / "bf16"), tmp_path / "bf16" / "layer-1.safetensors"
+    name = "model.layers.1.mlp.experts.1.up_proj.weight"
+    tensors = load_file(path)
+    tensors[name] = tensors[name].int() if to == "int32" else to
+    save_file({key: x for key, x in tensors.items() if x is not None}, path)
+    with pytest.raises(CheckpointError) as error:
+        tool.convert(folder, tmp_path / "out", progress=None)
+    assert str(error.value).startswith(f"{path}: tensor {name} is ")
+    assert f"expected BF16 or F16 or F32 [{I}, {H}]" in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_index_says_which_file_a_tensor_is_from(tmp_path):

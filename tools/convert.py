@@ -4,7 +4,8 @@
 SOURCE is a folder of safetensors files with experts named as in Qwen3-MoE, DeepSeek, GLM, Mixtral or MiniMax
 (experts.N.gate_proj or experts.N.w1, ...), or stacked (experts.gate_up_proj [E, 2I, H], gate rows before up rows; they
 are written one by one). Every other tensor is copied as it is. Each output file is written beside its name and then
-renamed: run the same command again after an interruption, and files that are finished are not converted again.
+renamed, config.json last: run the same command again after an interruption, and files that are finished are not
+converted again.
 """
 
 import argparse
@@ -20,12 +21,15 @@ import torch
 
 from torch_mxfp8moe import dequantize_1x32, quantize_1x32
 from torch_mxfp8moe.checkpoint import FORMS, Checkpoint, CheckpointError, expert_of, show_progress, stacked_of
-from torch_mxfp8moe.formats import BLOCK, HIGH_PRECISION_DTYPES, SCALE_ROUNDINGS
+from torch_mxfp8moe.experts import halves
+from torch_mxfp8moe.formats import SCALE_ROUNDINGS
 
 STATE = "mxfp8_conversion"
 """Folder in the output that holds, while it is not whole, what each finished file is."""
 
 REPORT = "mxfp8_report.json"
+
+INDEX = "model.safetensors.index.json"
 
 SAMPLED = {"all": 1, "sample": 16, "none": 0}
 """Of how many rows one is measured, by --report."""
@@ -38,18 +42,15 @@ def error_of(weight: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, ever
     return float((got - want).square_().sum(dtype=torch.float64)), float(want.square().sum(dtype=torch.float64))
 
 
-def expert_weights(name: str, tensor: torch.Tensor, hidden: int) -> Iterator[tuple[str, str, torch.Tensor]]:
+def expert_weights(name: str, tensor: torch.Tensor, gate_up_order: str) -> Iterator[tuple[str, str, torch.Tensor]]:
     """(layer, name, weight [out, in]) of each expert's matrix in a tensor; nothing for one that is no expert's."""
     if match := expert_of(name):
         yield match["layer"], name, tensor
     elif match := stacked_of(name):
         gate_up = match["matrix"] == "gate_up_proj"
-        if tensor.dim() != 3 or tensor.shape[2 if gate_up else 1] != hidden:
-            takes = f"[E, 2I, {hidden}], gate rows before up rows" if gate_up else f"[E, {hidden}, I]"
-            raise CheckpointError(f"tensor {name} is {list(tensor.shape)}; expected {takes}")
         parts = ("gate_proj", "up_proj") if gate_up else ("down_proj",)
         for expert, rows in enumerate(tensor):
-            for part, weight in zip(parts, rows.chunk(len(parts))):
+            for part, weight in zip(parts, halves(rows, gate_up_order, 0) if gate_up else (rows,)):
                 yield match["layer"], f"{match['layer']}.experts.{expert}.{part}.weight", weight
 
 
@@ -59,27 +60,16 @@ def convert_file(checkpoint: Checkpoint, file: str, out: Path, form: str, scale_
 
     tensors, errors, linear = {}, {}, []
     source = checkpoint.open(file)
-    hidden = (checkpoint.config | (checkpoint.config.get("text_config") or {})).get("hidden_size")
     for name in source.keys():
         if checkpoint.files.get(name) != file:  # the index takes it from another
             continue
         tensor = source.get_tensor(name)
-        try:
-            experts = list(expert_weights(name, tensor, hidden))
-        except CheckpointError as error:
-            raise CheckpointError(f"{checkpoint.folder / file}: {error}") from None
+        experts = list(expert_weights(name, tensor, checkpoint.gate_up_order))
         if not experts:
             tensors[name] = tensor
             if name.endswith(".weight") and tensor.dim() == 2:
                 linear.append(name.removesuffix(".weight"))
         for layer, key, weight in experts:
-            if weight.dtype not in HIGH_PRECISION_DTYPES:
-                raise CheckpointError(
-                    f"{checkpoint.folder / file}: tensor {name} is {str(weight.dtype)[6:]}; expected bf16, fp16 or fp32"
-                )
-            if weight.shape[-1] % BLOCK:
-                where = f"{checkpoint.folder / file}: tensor {name}"
-                raise CheckpointError(f"{where} is {list(tensor.shape)}; expected whole blocks of {BLOCK}")
             data, scale = quantize_1x32(weight, scale_rounding)
             tensors[key] = data
             tensors[key.removesuffix("weight") + FORMS[form].scale] = scale
@@ -110,8 +100,16 @@ def convert(
         outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
         if outside:
             raise CheckpointError(f"{source}: the index names {outside[0]}; expected files inside the folder")
+        for layer in checkpoint.layers:
+            checkpoint.check_layer(layer)
+        others = sorted(str(path.relative_to(out)) for path in out.rglob("*.safetensors"))
+        others = [file for file in others if file not in files]
+        if others:  # which some loaders read whether an index names them or not
+            raise CheckpointError(f"{out} has {others[0]}, of another checkpoint; expected an empty folder")
         state = out / STATE
         state.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", INDEX):  # of an earlier conversion: not whole until this one is
+            (out / name).unlink(missing_ok=True)
         finished = []
         for number, file in enumerate(files):
             facts = os.stat(source / file)
@@ -135,13 +133,12 @@ def convert(
     config["quantization_config"] = FORMS[form].config(ignored)
     weight_map = {name: done["file"] for done in finished for name in done["sizes"]}
     for path in source.iterdir():  # tokenizer and the like
-        if path.is_file() and path.suffix != ".safetensors" and not (out / path.name).exists():
-            if path.name not in ("model.safetensors.index.json", "config.json"):
-                shutil.copyfile(path, out / path.name)
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, out / path.name)
     if files != ["model.safetensors"]:
         total = sum(size for done in finished for size in done["sizes"].values())
         index = dict(metadata=dict(total_size=total), weight_map=dict(sorted(weight_map.items())))
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     result = {}
     for layer in layers:
         wrong, whole = (sum(done["errors"].get(layer, (0, 0))[i] for done in finished) for i in (0, 1))
@@ -149,7 +146,11 @@ def convert(
             relative = math.sqrt(wrong / whole)
             result[layer] = dict(relative_l2=relative, snr_db=-20 * math.log10(relative) if relative else math.inf)
     if report != "none":
-        about = dict(form=form, scale_rounding=scale_rounding, rows=f"every {SAMPLED[report]}", layers=result)
+        finite = {  # JSON has no infinity and no NaN
+            layer: {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            for layer, numbers in result.items()
+        }
+        about = dict(form=form, scale_rounding=scale_rounding, rows=f"every {SAMPLED[report]}", layers=finite)
         (out / REPORT).write_text(json.dumps(about, indent=2) + "\n")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: a folder with it is whole
     shutil.rmtree(state)

@@ -365,6 +365,25 @@ class Checkpoint:
                 )
         return count, hidden, intermediate
 
+    @property
+    def gate_up_order(self) -> str:
+        """Of stacked weights and biases, as the model's family has them."""
+        return "interleaved" if self.config.get("model_type") == "gpt_oss" else "concatenated"
+
+    def check_layer(self, layer: str) -> None:
+        """Raises CheckpointError unless the weights of a layer's routed experts are all there, of fitting dtypes and
+        shapes. Reads headers alone."""
+        count, hidden, intermediate = self.sizes(layer)
+        gate_up, down = self._stacked_name(layer, "gate_up_proj"), self._stacked_name(layer, "down_proj")
+        if gate_up and down:
+            shapes = {gate_up: (count, 2 * intermediate, hidden), down: (count, hidden, intermediate)}
+        else:
+            of = dict(gate=(intermediate, hidden), up=(intermediate, hidden), down=(hidden, intermediate))
+            shapes = {self._expert_name(layer, expert, name): of[name] for expert in range(count) for name in of}
+        for weight, shape in shapes.items():
+            for name, dtypes, block in self._kinds(weight).values():
+                self._expect(name, (*shape[:-1], shape[-1] // block), dtypes, beside=weight)
+
     # --- modules
 
     def experts(
@@ -401,7 +420,7 @@ class Checkpoint:
 
         Args:
             layer: one of ``self.layers``.
-            gate_up_order: of stacked weights; ``"interleaved"`` for gpt-oss, else ``"concatenated"``.
+            gate_up_order: of stacked weights; that of the model's family by default, ``"interleaved"`` for gpt-oss.
             shared: fuse the layer's ``shared_experts``; ``count`` has to fit their size.
             device, scale_rounding, **options: of :class:`.Mxfp8Experts`, such as ``layout``, ``tp_rank``, ``ep_rank``
                 and the activation, which has to be given where config.json speaks of another than plain SwiGLU.
@@ -412,8 +431,7 @@ class Checkpoint:
         """
         self._check_activation(options)
         count, hidden, intermediate = self.sizes(layer)
-        interleaved = self.config.get("model_type") == "gpt_oss"
-        order = gate_up_order or ("interleaved" if interleaved else "concatenated")
+        order = gate_up_order or self.gate_up_order
         check_source(order, scale_rounding)
         biases = self._biases(layer, count, hidden, intermediate)
         module = Mxfp8Experts(
