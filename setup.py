@@ -91,6 +91,7 @@ setup(
             "pytest-xdist",
             "expecttest",
             "hypothesis",
+            "matplotlib",
             "numpy",
             "safetensors",
             "torchao==0.18.*",
