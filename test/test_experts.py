@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -584,6 +585,8 @@ def test_what_a_failed_update_leaves():
         lambda: module.update_weights(**half, experts=[0, 4]),
         lambda: module.update_weights(**half, experts=[0, 0]),
         lambda: module.update_weights(**half, experts=[0]),
+        lambda: module.update_weights(**half, experts=[0.5, 1.5]),
+        lambda: module.update_weights(**half, experts=torch.tensor([0.0, 1.0])),
         lambda: module.update_weights(fresh["w1"], fresh["w2"]),
         lambda: module.update_weights(w1_scale=fresh["w1_scale"]),
         lambda: module.update_weights(**fresh | dict(w2_scale=fresh["w2_scale"].int())),
@@ -608,6 +611,8 @@ Mxfp8Experts: w1 has 2 experts; it takes 4, all experts
 Mxfp8Experts: experts is [0, 4]; it takes distinct ids from 0 to 3
 Mxfp8Experts: experts is [0, 0]; it takes distinct ids from 0 to 3
 Mxfp8Experts: w1 has 2 experts; it takes 1, as many as are named
+Mxfp8Experts: experts has 0.5; it takes integers
+Mxfp8Experts: experts has tensor(0.); it takes integers
 Mxfp8Experts: w1 has dtype float8_e4m3fn without w1_scale; it takes bfloat16, float16, float32
 Mxfp8Experts: w1_scale is given without w1
 Mxfp8Experts: w2_scale has dtype int32; it takes uint8, float8_e8m0fnu
@@ -741,10 +746,28 @@ def test_a_state_dict_is_never_taken_wrongly():
     before = copy.deepcopy(module)
     assert "expert_map is missing in the state_dict" in error_of(lambda: module.load_state_dict(saved(source[0]), False))
     assert same_buffers(module, before)
-    model = torch.nn.Sequential(modules[0])
+    model = torch.nn.Sequential(modules[list(LAYOUTS).index("aiter_gfx950")])
     assert model.load_state_dict({}, strict=False).missing_keys[-1] == "0._extra_state"
     del state["0.w2"]
     assert "Missing key(s) in state_dict: \"0.w2\"" in error_of(lambda: model.load_state_dict(state))
+
+
+@pytest.mark.parametrize("of, to", itertools.permutations(LAYOUTS, 2))
+def test_what_cannot_be_brought_into_the_modules_layout(of, to):
+    """Weights without their scales, or of other sizes: their bytes would lie in the wrong order."""
+    state = Mxfp8Experts.from_weights(**layer(I=96, bias=True)[0], layout=of).state_dict()
+    module = Mxfp8Experts(4, 256, 96, layout=to, device=DEVICE, bias=True, bias_dtype=torch.float32)
+    before = copy.deepcopy(module)
+    for name, beside in (("w1", "w1_scale"), ("w1_scale", "w1"), ("w2", "w2_scale"), ("w2_scale", "w2")):
+        partial = {key: x for key, x in state.items() if key != name}
+        assert f"{name} is missing in the state_dict, which has {beside} in layout '{of}'" in error_of(
+            lambda: module.load_state_dict(partial, strict=False)
+        )
+    for name in ("w1", "w2", "w2_scale", "w1_bias"):
+        shape, cut = list(state[name].shape), state | {name: state[name][1:]}
+        got = f"{name} has shape {list(cut[name].shape)}; it takes {shape} in layout '{of}'"
+        assert got in error_of(lambda: module.load_state_dict(cut, strict=False))
+    assert same_buffers(module, before)
 
 
 # --- compiled and exported

@@ -5,6 +5,7 @@ intermediate size (of this rank, under tensor parallelism), T tokens, K experts 
 """
 
 import json
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,13 @@ def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         got = "None" if value is None else f"a {type(value).__name__}"
         raise TypeError(f"Mxfp8Experts: {name} is {got}; it takes a tensor")
+
+
+def _expert_id(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"Mxfp8Experts: experts has {value!r}; it takes integers") from None
 
 
 def halves(w1: Tensor, gate_up_order: str, dim: int = 1) -> Tensor:
@@ -508,7 +516,7 @@ class Mxfp8Experts(nn.Module):
         counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in tensors.items()}
         count = next(iter(counts.values()))
         every = self.num_experts + self.num_shared
-        ids = range(count) if experts is None else [int(e) for e in experts]
+        ids = range(count) if experts is None else [_expert_id(e) for e in experts]
         if experts is None and count not in (self.num_experts, every):
             takes = f"{self.num_experts}, all experts" + (f", or {every}, shared ones too" if self.num_shared else "")
             raise ValueError(f"Mxfp8Experts: {next(iter(counts))} has {count} experts; it takes {takes}")
@@ -781,19 +789,39 @@ class Mxfp8Experts(nn.Module):
                     if key in own
                     else f"{key} is missing in the state_dict, whose experts lie in another order than the module's"
                 )
-            takes = list(LAYOUTS)  # JSON has values that a dict cannot be asked for
-            if state.get("layout") not in takes:
-                wrong.append(f"{prefix}layout is {state.get('layout')!r} in the state_dict; it takes {takes}")
-            for name, shape, dtype in self._buffer_shapes():
+            for name, _, dtype in self._buffer_shapes():
                 got = own.get(prefix + name)
                 if got is not None and not name.endswith("bias") and got.dtype is not dtype:
                     wrong.append(f"{prefix}{name} has dtype {str(got.dtype)[6:]}; it takes {str(dtype)[6:]}")
+            layout, takes = state.get("layout"), list(LAYOUTS)  # JSON has values that a dict cannot be asked for
+            if layout not in takes:
+                wrong.append(f"{prefix}layout is {layout!r} in the state_dict; it takes {takes}")
+            elif layout != self.layout and not wrong:
+                wrong += self._why_not_convert(own, prefix, layout)
             if wrong:
                 error_msgs.extend(wrong)
                 return
-            if state["layout"] != self.layout:
+            if layout != self.layout:
                 self._convert_state(own, prefix, state["layout"])
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _why_not_convert(self, own: dict[str, Tensor], prefix: str, layout: str) -> list[str]:
+        """What keeps a state_dict's tensors from being brought from ``layout`` into the module's."""
+        wrong = []
+        for weight in _WEIGHTS:
+            for name, other in ((weight, f"{weight}_scale"), (f"{weight}_scale", weight)):
+                if prefix + name not in own and prefix + other in own:
+                    wrong.append(
+                        f"{prefix}{name} is missing in the state_dict, which has {other} in layout '{layout}'; the "
+                        f"module takes '{self.layout}'"
+                    )
+        for name, shape, _ in self._buffer_shapes(layout):
+            got = own.get(prefix + name)
+            if got is not None and shape is not None and got.shape != shape:
+                wrong.append(
+                    f"{prefix}{name} has shape {list(got.shape)}; it takes {list(shape)} in layout '{layout}'"
+                )
+        return wrong
 
     def _convert_state(self, own: dict[str, Tensor], prefix: str, layout: str) -> None:
         """Bring a state_dict's tensors from ``layout`` into the module's."""
@@ -804,7 +832,7 @@ class Mxfp8Experts(nn.Module):
                 moved = self._relaid(weight, scale, layout, self.layout, gate_up)
                 own |= dict(zip(keys, moved))
         key = f"{prefix}w1_bias"
-        if key in own:
+        if key in own and self.w1_bias is not None:
             own[key] = self._repadded(own[key], self.layout)
 
     def extra_repr(self) -> str:
