@@ -209,6 +209,32 @@ def test_a_shared_expert(S, tp_size, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tp_size", (1, 3))
+@pytest.mark.parametrize("layout", ("row_major", "aiter_gfx950"))
+def test_a_shared_expert_in_high_precision(layout, tp_size, dtype, tmp_path):
+    """As the converter leaves it."""
+    layer, routed = LAYER.format(0), quantised(0)
+    w1, w2 = randn(1, 2 * I, H, dtype=dtype).cpu(), randn(1, H, I, seed=1, dtype=dtype).cpu()
+    high = dict(zip(("gate_proj", "up_proj", "down_proj"), (*w1[0].chunk(2), w2[0]), strict=True))
+    tensors = named(layer, routed, "weight_scale_inv") | {
+        f"{layer}.shared_experts.{name}.weight": x.contiguous() for name, x in high.items()
+    }
+    folder = write(tmp_path / "model", tensors, FORMS["mxfp8"].config([]))
+    both = {}
+    for name, x in (("w1", w1), ("w2", w2)):
+        for key, part in zip((name, f"{name}_scale"), torch_mxfp8moe.quantize_1x32(x, "floor")):
+            whole = [routed[key].view(torch.uint8), part.view(torch.uint8)]
+            both[key] = torch.cat(whole).view(routed[key].dtype)
+    for rank in range(tp_size):
+        options = dict(shared=SharedExpert(), tp_rank=rank, tp_size=tp_size, layout=layout)
+        got = load_experts(folder, scale_rounding="floor", **options)[layer]
+        assert same_buffers(got, Mxfp8Experts.from_weights(**both, device="cpu", **options))
+    bias = f"{layer}.shared_experts.up_proj.bias"
+    folder = write(tmp_path / "biased", tensors | {bias: torch.zeros(I, dtype=dtype)}, FORMS["mxfp8"].config([]))
+    assert f"tensor {bias} would be left out" in error_of(lambda: load_experts(folder, shared=SharedExpert()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_checkpoint_that_is_not_quantised_is_quantised(dtype, tmp_path):
     layer = LAYER.format(0)
     w1, w2 = randn(G, 2 * I, H, dtype=dtype).cpu(), randn(G, H, I, seed=1, dtype=dtype).cpu()

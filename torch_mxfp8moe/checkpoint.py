@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .experts import Mxfp8Experts, SharedExpert, check_source
 from .formats import BLOCK
+from .ops import quantize_1x32
 
 __all__ = ["Checkpoint", "CheckpointError", "FORMS", "Form", "load_experts", "show_progress"]
 
@@ -421,7 +422,8 @@ class Checkpoint:
         Args:
             layer: one of ``self.layers``.
             gate_up_order: of stacked weights; that of the model's family by default, ``"interleaved"`` for gpt-oss.
-            shared: fuse the layer's ``shared_experts``; ``count`` has to fit their size.
+            shared: fuse the layer's ``shared_experts``; ``count`` has to fit their size. Those that a checkpoint has in
+                high precision, beside quantised routed ones, are quantised.
             device, scale_rounding, **options: of :class:`.Mxfp8Experts`, such as ``layout``, ``tp_rank``, ``ep_rank``
                 and the activation, which has to be given where config.json speaks of another than plain SwiGLU.
 
@@ -453,7 +455,7 @@ class Checkpoint:
                 }
         ids = module.expert_ids
         with torch.inference_mode():
-            self._read(layer, module, target, ids, order)
+            self._read(layer, module, target, ids, order, scale_rounding)
         if not direct:
             made: dict[str, Any] = dict(target, experts=ids, scale_rounding=scale_rounding)
             module.update_weights(**made)
@@ -463,7 +465,10 @@ class Checkpoint:
             )
         return module
 
-    def _read(self, layer: str, module: Mxfp8Experts, target: dict[str, Tensor], ids: list[int], order: str) -> None:
+    def _read(
+        self, layer: str, module: Mxfp8Experts, target: dict[str, Tensor], ids: list[int], order: str,
+        scale_rounding: str,
+    ) -> None:  # fmt: skip
         """This rank's part of a layer into row-major tensors."""
         count, hidden, intermediate = self.sizes(layer)
         first, last = module.tp_range
@@ -474,14 +479,17 @@ class Checkpoint:
             byte = out.itemsize == 1
             out.view(torch.uint8).copy_(values.view(torch.uint8)) if byte else out.copy_(values)
 
-        def read(weight: str, expert_slots: list[tuple[int, int, int]], matrix: str, shape: tuple[int, int]) -> None:
-            """(expert's first row or column, slot, index in a stack or -1) of the tensors of one matrix."""
+        def refuse_bias(weight: str) -> None:
             bias = f"{weight.removesuffix('.weight')}.bias"
             if bias in self.files:
                 raise CheckpointError(
                     f"{self.folder / self.files[bias]}: tensor {bias} would be left out; expected no biases but "
                     "stacked ones, experts.gate_up_proj_bias and experts.down_proj_bias"
                 )
+
+        def read(weight: str, expert_slots: list[tuple[int, int, int]], matrix: str, shape: tuple[int, int]) -> None:
+            """(expert's first row or column, slot, index in a stack or -1) of the tensors of one matrix."""
+            refuse_bias(weight)
             for kind, (name, dtypes, block) in self._kinds(weight).items():
                 whole = shape[0], shape[1] // block
                 lead = () if expert_slots[0][2] < 0 else (count,)
@@ -504,6 +512,17 @@ class Checkpoint:
                     else:
                         put(halves[f"w1{kind}"][slot, int(matrix == "up")], tensor[a:b])
 
+        def quantise(name: str, expert_slots: list[tuple[int, int, int]], matrix: str, shape: tuple[int, int]) -> None:
+            """The same of one that the checkpoint does not have quantised."""
+            refuse_bias(name)
+            tensor = self._expect(name, shape, tuple(_HIGH_PRECISION))
+            for offset, slot, _ in expert_slots:
+                a, b = first + offset, last + offset
+                part = tensor[:, a:b].contiguous() if matrix == "down" else tensor[a:b]
+                for kind, values in zip(("", "_scale"), quantize_1x32(part, scale_rounding)):
+                    down = matrix == "down"
+                    put(target[f"w2{kind}"][slot] if down else halves[f"w1{kind}"][slot, int(matrix == "up")], values)
+
         routed = [(slot, expert) for slot, expert in enumerate(ids) if expert < count]
         if gate_up and down:
             read(gate_up, [(0, *pair) for pair in routed], "gate_up", (2 * intermediate, hidden))
@@ -519,7 +538,9 @@ class Checkpoint:
             for matrix in ("gate", "up", "down"):
                 shape = (hidden, size) if matrix == "down" else (size, hidden)
                 slots = [(index * intermediate, slot, -1) for slot, index in shared]
-                read(self._shared_name(layer, matrix), slots, matrix, shape)
+                name = self._shared_name(layer, matrix)
+                high = name in self.files and self._slice(name).get_dtype() in _HIGH_PRECISION
+                (quantise if self.form and high else read)(name, slots, matrix, shape)
 
     def _shared_name(self, layer: str, matrix: str) -> str:
         names = [f"{layer}.shared_experts.{name}.weight" for name, of in MATRICES.items() if of == matrix]
