@@ -350,6 +350,9 @@ def test_errors_name_file_tensor_and_what_was_expected(tmp_path):
     wrong(lambda folder: config(folder, quantization_config="mxfp8"))
     wrong(lambda folder: config(folder, text_config="mxfp8"))
     wrong(lambda folder: (folder / "model.safetensors.index.json").write_text("{}"))
+    wrong(lambda folder: (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map={up: None}))))
+    for name in ("model-1.safetensors", "config.json"):
+        wrong(lambda folder, name=name: ((folder / name).unlink(), (folder / name).mkdir()))
     texts = [re.sub("file: .*; expected", "file: (what safetensors says); expected", text) for text in texts]
     assert_expected_inline("\n".join(texts), """\
 FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.1.up_proj.weight is missing; expected F8_E4M3 [96, 256]: the index names this file for it
@@ -377,7 +380,10 @@ FOLDER/model-1.safetensors: tensor model.layers.0.mlp.experts.0.down_proj.weight
 FOLDER/config.json is a list; expected a JSON object
 FOLDER/config.json: quantization_config is 'mxfp8'; expected a JSON object
 FOLDER/config.json: text_config is 'mxfp8'; expected a JSON object
-FOLDER/model.safetensors.index.json: weight_map is None; expected a JSON object""")
+FOLDER/model.safetensors.index.json: weight_map is None; expected a JSON object
+FOLDER/model.safetensors.index.json: weight_map has None for model.layers.0.mlp.experts.1.up_proj.weight; expected a file's name
+FOLDER/model-1.safetensors is missing; the checkpoint's index names it
+FOLDER/config.json is missing; a checkpoint folder has one""")
 
 
 @pytest.mark.parametrize(

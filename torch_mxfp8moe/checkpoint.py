@@ -176,7 +176,7 @@ def _object(value: object, what: str) -> dict:
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"{path} is missing; a checkpoint folder has one") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from None
@@ -246,7 +246,7 @@ class Checkpoint:
             except ImportError as error:
                 raise ImportError("reading checkpoints takes safetensors: pip install safetensors") from error
             path = self.folder / file
-            if not path.exists():
+            if not path.is_file():
                 raise CheckpointError(f"{path} is missing; the checkpoint's index names it")
             try:
                 self._open_files[file] = safe_open(path, framework="pt", device="cpu")
@@ -262,7 +262,11 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
             files = read_json(index).get("weight_map")
-            return _object(files, f"{index}: weight_map is {files!r}")
+            files = _object(files, f"{index}: weight_map is {files!r}")
+            for name, file in files.items():
+                if not isinstance(file, str):
+                    raise CheckpointError(f"{index}: weight_map has {file!r} for {name}; expected a file's name")
+            return files
         if not (self.folder / "model.safetensors").exists():
             raise CheckpointError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json")
         return dict.fromkeys(self.open("model.safetensors").keys(), "model.safetensors")
