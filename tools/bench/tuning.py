@@ -196,8 +196,10 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
 
 def can_run(part: str, rule: Json, tile: Json, shape: Sequence[int]) -> bool:
     """Whether there is room for a tile, and weights of ``shape`` have a stage for each of its turns."""
-    if part == REST or not fits(part, rule, tile):
-        return part == REST
+    if not fits(part, rule, tile):
+        return False
+    if part == REST or kernels_of(rule) != "hopper":
+        return True
     at = GEMMS.index(part)
     return shape[at] > tiles_of(rule, **with_partner(part, rule, tile)).more_than[at]
 
