@@ -432,6 +432,7 @@ def test_kernels_take_what_they_can_read():
         (448, (1, 256, 4), (256, 4)),
         (576, (1, 128, 6), (128, 6)),
         (640, (2, 256, 8), (128, 6)),
+        (896, (2, 256, 8), (128, 6)),
         (1152, (2, 256, 8), (256, 4)),
         (2880, (1, 256, 4), (256, 4)),
         (2944, (2, 256, 8), (256, 4)),
@@ -439,28 +440,28 @@ def test_kernels_take_what_they_can_read():
 )
 def test_stages_suit_the_columns(columns, in_turns, by_one):
     """No last stage is half empty where an eighth of the work is to be had, of as few columns as it takes for that, but
-    of those taken in turns; there are no turns where rows are not whole lines of 128 bytes. The tiles of each product
-    alike: (turns, columns, stages), and the same without turns."""
+    of those taken in turns; there are no turns where rows are not whole lines of 128 bytes. Of both products, with
+    tiles that have turns and with others: (turns, columns, stages), (columns, stages)."""
     from torch_mxfp8moe.backends.triton.fused_moe import plan
 
-    def launched(gemm1, gemm2, H, I):  # noqa: E741
-        inputs = moe_inputs(T=4, H=H, I=I, E=2)
-        call = FusedMoe(**{name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
-        call = call.check().with_out()
-        bound = plan(call, Target("sm_90"), configs.Tiles(None, 8, gemm1, gemm2)).bind(
-            call.inputs | {"out": call.out}, call.device
-        )
-        launches = [launch for launch in bound if launch.kernel.__name__ == "warpgroup_gemm_kernel"]
-        fields = ("TURNS", "COLUMNS", "STAGES")
-        return [tuple(one.arguments[name] for name in fields) for one in launches], [one.grid[0] for one in launches]
+    inputs = moe_inputs(T=4, H=columns, I=columns, E=2)
+    call = FusedMoe(**{name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+    call = call.check().with_out()
 
-    turns = configs.Gemm(32, 256, 4, 8, programs=1, turns=2), configs.Gemm(64, 256, 4, 8, programs=1, turns=2)
-    one = configs.Gemm(32, 256, 4, 4, programs=2), configs.Gemm(64, 256, 4, 4, programs=2)
-    assert launched(one[0], one[1], columns, columns)[0] == [(1, *by_one)] * 2
+    def launched(**tile):
+        tiles = configs.Tiles(None, 8, *(configs.Gemm(rows, 256, 4, **tile) for rows in (32, 64)))
+        launches = plan(call, Target("sm_90"), tiles).bind(call.inputs | {"out": call.out}, call.device)
+        of = [launch for launch in launches if launch.kernel.__name__ == "warpgroup_gemm_kernel"]
+        return [tuple(one.arguments[name] for name in ("TURNS", "COLUMNS", "STAGES")) for one in of], [
+            (one.grid, one.options) for one in of
+        ]
+
+    stages, as_one = launched(num_stages=4, programs=2)
+    assert stages == [(1, *by_one)] * 2
     if in_turns is not None:
-        stages, grids = launched(*turns, columns, columns)
+        stages, as_turns = launched(num_stages=8, programs=1, turns=2)
         assert stages == [in_turns] * 2
-        assert grids == launched(*(one if in_turns[0] == 1 else turns), columns, columns)[1]
+        assert (as_turns == as_one) == (in_turns[0] == 1)
 
 
 def aiter_scales(H: int, I: int, E: int = 4) -> dict:  # noqa: E741
