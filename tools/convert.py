@@ -2,10 +2,10 @@
 """Convert a checkpoint's experts from bf16 to MXFP8, in one of the published forms, and report each layer's error.
 
 SOURCE is a folder of safetensors files with experts named as in Qwen3-MoE, DeepSeek, GLM, Mixtral or MiniMax
-(experts.N.gate_proj or experts.N.w1, ...), or stacked (experts.gate_up_proj [E, 2I, H], gate rows before up rows; they
-are written one by one). Every other tensor is copied as it is. Each output file is written beside its name and then
-renamed, config.json last: run the same command again after an interruption, and files that are finished are not
-converted again.
+(experts.N.gate_proj or experts.N.w1, ...), or stacked (experts.gate_up_proj [E, 2I, H], gate rows before up rows, or in
+turn if config.json says gpt_oss; they are written one by one). Every other tensor is copied as it is. Each output file
+is written beside its name and then renamed, config.json last: run the same command again after an interruption, and
+files that are finished are not converted again.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from torch_mxfp8moe import dequantize_1x32, quantize_1x32
-from torch_mxfp8moe.checkpoint import FORMS, Checkpoint, CheckpointError, expert_of, show_progress, stacked_of
+from torch_mxfp8moe.checkpoint import FORMS, INDEX, Checkpoint, CheckpointError, expert_of, show_progress, stacked_of
 from torch_mxfp8moe.experts import halves
 from torch_mxfp8moe.formats import SCALE_ROUNDINGS
 
@@ -28,8 +28,6 @@ STATE = "mxfp8_conversion"
 """Folder in the output that holds, while it is not whole, what each finished file is."""
 
 REPORT = "mxfp8_report.json"
-
-INDEX = "model.safetensors.index.json"
 
 SAMPLED = {"all": 1, "sample": 16, "none": 0}
 """Of how many rows one is measured, by --report."""

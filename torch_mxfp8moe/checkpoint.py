@@ -136,6 +136,9 @@ _SHARED = re.compile(rf"(?P<layer>.+)\.shared_experts\.(?P<matrix>{_NAMES})\.wei
 _HIGH_PRECISION = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SCALES = ("U8", "F8_E8M0")
 
+INDEX = "model.safetensors.index.json"
+"""Which file has a tensor, in a folder of several."""
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys of config.json, of which a family has one, for how many experts a layer has."""
 
@@ -259,7 +262,7 @@ class Checkpoint:
         return self._open_files[file]
 
     def _files(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX
         if index.exists():
             files = read_json(index).get("weight_map")
             files = _object(files, f"{index}: weight_map is {files!r}")
@@ -268,7 +271,7 @@ class Checkpoint:
                     raise CheckpointError(f"{index}: weight_map has {file!r} for {name}; expected a file's name")
             return files
         if not (self.folder / "model.safetensors").exists():
-            raise CheckpointError(f"{self.folder} has neither model.safetensors nor model.safetensors.index.json")
+            raise CheckpointError(f"{self.folder} has neither model.safetensors nor {INDEX}")
         return dict.fromkeys(self.open("model.safetensors").keys(), "model.safetensors")
 
     def _layers(self) -> dict[str, int]:
@@ -491,6 +494,10 @@ class Checkpoint:
                     "stacked ones, experts.gate_up_proj_bias and experts.down_proj_bias"
                 )
 
+        def place(kind: str, slot: int, matrix: str) -> Tensor:
+            """Where one matrix of an expert goes."""
+            return target[f"w2{kind}"][slot] if matrix == "down" else halves[f"w1{kind}"][slot, int(matrix == "up")]
+
         def read(weight: str, expert_slots: list[tuple[int, int, int]], matrix: str, shape: tuple[int, int]) -> None:
             """(expert's first row or column, slot, index in a stack or -1) of the tensors of one matrix."""
             refuse_bias(weight)
@@ -503,7 +510,7 @@ class Checkpoint:
                     if matrix == "down":
                         a, b = a // block, b // block
                         part = tensor[:, a:b] if index < 0 else tensor[index : index + 1, :, a:b][0]
-                        put(target[f"w2{kind}"][slot], part)
+                        put(place(kind, slot, matrix), part)
                     elif matrix == "gate_up":
                         pair = halves[f"w1{kind}"][slot]
                         if order == "interleaved":
@@ -514,7 +521,7 @@ class Checkpoint:
                                 start = half * intermediate
                                 put(pair[half], tensor[index : index + 1, start + a : start + b][0])
                     else:
-                        put(halves[f"w1{kind}"][slot, int(matrix == "up")], tensor[a:b])
+                        put(place(kind, slot, matrix), tensor[a:b])
 
         def quantise(name: str, expert_slots: list[tuple[int, int, int]], matrix: str, shape: tuple[int, int]) -> None:
             """The same of one that the checkpoint does not have quantised."""
@@ -522,10 +529,9 @@ class Checkpoint:
             tensor = self._expect(name, shape, tuple(_HIGH_PRECISION))
             for offset, slot, _ in expert_slots:
                 a, b = first + offset, last + offset
-                part = tensor[:, a:b].contiguous() if matrix == "down" else tensor[a:b]
+                part = tensor[:, a:b] if matrix == "down" else tensor[a:b]
                 for kind, values in zip(("", "_scale"), quantize_1x32(part, scale_rounding)):
-                    down = matrix == "down"
-                    put(target[f"w2{kind}"][slot] if down else halves[f"w1{kind}"][slot, int(matrix == "up")], values)
+                    put(place(kind, slot, matrix), values)
 
         routed = [(slot, expert) for slot, expert in enumerate(ids) if expert < count]
         if gate_up and down:
