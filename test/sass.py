@@ -46,7 +46,8 @@ def disassemble(cubin: bytes) -> str:
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Of a listing what concerns uniform registers, and where in it labels are."""
+    """Of a listing what concerns uniform registers, by way of others and of what is spilled as well, and where in it
+    labels are."""
     lines = []
     for line in text.splitlines():
         if match := re.match(r"(\.L_x_\d+):", line):
@@ -59,13 +60,16 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     for line in lines:
         if isinstance(line, str):
             labels[line] = len(code)
-        elif re.match(r"HGMMA|BRA|BRX|EXIT", line.name) or line.operands[0] in kept or line.operands[0].startswith("U"):
+        elif re.match(r"HGMMA|BRA|BRX|EXIT|STL|LDL", line.name) or re.match("U", line.operands[0]):
+            code.append(line)
+        elif line.operands[0] in kept:
             code.append(line)
     return code, labels
 
 
 class Registers(dict):
-    """Numbers of 32 bits (UR, R) and truth values (UP, P) by name, random until they are written."""
+    """Numbers of 32 bits (UR, R, and words of the stack by their distance) and truth values (UP, P) by name, random
+    until they are written."""
 
     def __init__(self, choose: random.Random):
         super().__init__(URZ=0, RZ=0, UPT=True, PT=True)
@@ -88,6 +92,12 @@ class Registers(dict):
         if number := re.fullmatch(r"UR(\d+)", operand):
             return self[operand] | self[f"UR{int(number[1]) + 1}"] << 32
         return 0 if operand == "URZ" else int(operand, 16)
+
+    def spilled(self, name: str, register: str, address: str) -> Iterator[tuple[str, str]]:
+        """Of an instruction that stores or loads what is spilled: each register, and the word of the stack."""
+        first = int(re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", address)[1] or "0", 16)
+        for i in range(4 if ".128" in name else 2 if ".64" in name else 1):
+            yield register if register == "RZ" else f"R{int(register[1:]) + i}", f"[{first + 4 * i:#x}]"
 
     def forget(self, instruction: Instruction) -> None:
         """What an instruction writes that is not computed here."""
@@ -120,6 +130,12 @@ def execute(instruction: Instruction, registers: Registers) -> None:
     get, kind = registers.value, name.split(".")
     if kind[0] in ("UMOV", "MOV", "R2UR") or (name in ("IMAD.U32", "IMAD.MOV.U32") and rest[:2] == ["RZ", "RZ"]):
         registers[to] = get(rest[-1] if kind[0] == "IMAD" else rest[0])
+    elif kind[0] == "STL":
+        for register, word in registers.spilled(name, rest[0], to):
+            registers[word] = registers[register]
+    elif kind[0] == "LDL":
+        for register, word in registers.spilled(name, to, rest[0]):
+            registers[register] = registers[word]
     elif name == "UIADD3.64":
         total = sum(registers.pair(operand) for operand in rest)
         registers[to], registers[f"UR{int(to[2:]) + 1}"] = total & MASK, total >> 32 & MASK
@@ -203,6 +219,27 @@ def check_right_operands(text: str, apart: int = 0) -> None:
             )
             missed -= set(addresses)
     raise AssertionError(f"no path came by the matrix instructions at {[f'{a:#x}' for a in sorted(missed)]}")
+
+
+SPILL = re.compile(r"\b(?:LDL|STL)\b")
+
+
+def check_loops_without_spills(text: str) -> None:
+    """A loop that multiplies keeps nothing in memory."""
+    lines = text.splitlines()
+    labels = {line.rstrip(":"): number for number, line in enumerate(lines) if re.match(r"\.L_x_\d+:", line)}
+    multiplying = []
+    for number, line in enumerate(lines):
+        match = re.search(r"@!?U?P\d\s+BRA\b.*(\.L_x_\d+)", line)  # without condition: back from waiting for a stage
+        if match and labels[match[1]] < number:
+            body = lines[labels[match[1]] : number]
+            if any("HGMMA" in line for line in body):
+                multiplying.append((labels[match[1]], number))
+    inner = [(a, b) for a, b in multiplying if not any(a <= c and d < b for c, d in multiplying)]
+    assert inner, "no loop multiplies"
+    for begin, end in inner:
+        spills = [line for line in lines[begin:end] if SPILL.search(line)]
+        assert not spills, f"the loop at line {begin} of {lines[begin]} spills: {spills[0].strip()}"
 
 
 MET = re.compile(r"\b(?:bar\.warp\.sync|bar\.sync|barrier\.sync)\b")

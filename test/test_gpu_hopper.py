@@ -43,6 +43,9 @@ TILES = {
         (8, (64, 128, 4, 8, 1, 2), (64, 128, 4, 2, 2, 2), False),
         (32, (64, 256, 4, 6, 1, 2), (128, 64, 4, 4, 2, 2), False),
         (16, (128, 128, 4, 6, 1, 2), (64, 128, 4, 4, 1, 2), False),
+        (128, (128, 64, 4, 4, 2), (128, 64, 4, 4, 2), True),
+        (128, (256, 64, 8, 6, 1), (128, 64, 4, 4, 2), True),
+        (64, (256, 128, 8, 4, 1), (128, 64, 4, 4, 2), True),
         (64, (128, 64, 4, 4, 2), (128, 64, 4, 4, 2), True),
         (64, (128, 128, 4, 4, 1), (128, 64, 4, 4, 2), True),
         (16, (64, 256, 4, 6, 1), (128, 64, 4, 4, 2), True),
@@ -70,7 +73,7 @@ def test_like_the_reference(case, tiles):
     for size, gemm in ((sizes.get("H", 512), tiles.gemm1), (sizes.get("I", 256), tiles.gemm2)):
         if size <= gemm.more_than:
             pytest.skip(f"the tile takes more than {gemm.more_than} columns")
-    for T in (1, 7, 70, 200, 300):
+    for T in (1, 7, 70, 200, 300, *[700] * (tiles.block_m == 128)):
         assert_like_the_reference(dict(T=T, H=512, I=256, E=5, K=2) | sizes, options, repeats=3, to=on_gpu)
 
 

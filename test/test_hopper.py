@@ -77,6 +77,43 @@ def test_wrong_distances_are_seen(old, new):
         sass.check_right_operands(one_width.replace(old, new))
 
 
+def test_operands_by_way_of_the_stack_are_followed():
+    one_width = OTHER_WIDTH[: OTHER_WIDTH.index(".L_x_18:\n")].replace("BRA `(.L_x_18)", "NOP")
+    moved = "UMOV UR22, UR8 ;"
+    spilled = "MOV R200, UR8 ;\nSTL.64 [R1+0x18], R200 ;\nMOV R200, 0x7 ;\nLDL R200, [R1+0x18] ;\nR2UR UR22, R200 ;"
+    lines = "\n".join(f"        /*17e{i}*/                   {line}" for i, line in enumerate(spilled.split("\n")))
+    through = re.sub(rf" +/\*17e0\*/ +{re.escape(moved)}", lines, one_width)
+    assert through != one_width
+    sass.check_right_operands(through)
+    with pytest.raises(AssertionError, match="the operands at 0x1e70, 0x1fa0"):
+        sass.check_right_operands(through.replace("LDL R200, [R1+0x18]", "LDL R200, [R1+0x1c]"))
+
+
+LOOPS = """
+.L_x_1:
+        /*0010*/                   STL [R1], R4 ;
+.L_x_2:
+        /*0020*/               @P0 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0030*/                   HGMMA.64x32x16.F32.BF16 R40, R68, gdesc[UR20], R40, gsb0 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   LDL R4, [R1] ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+.L_x_3:
+        /*0080*/                   BRA `(.L_x_4) ;
+"""
+
+
+def test_spills_of_a_loop_that_multiplies_are_seen():
+    sass.check_loops_without_spills(LOOPS)
+    spilled = LOOPS.replace("gsb0 ;\n", "gsb0 ;\n        /*0038*/                   LDL R5, [R1+0x4] ;\n")
+    with pytest.raises(AssertionError, match="spills: .*LDL R5"):
+        sass.check_loops_without_spills(spilled)
+    with pytest.raises(AssertionError, match="no loop multiplies"):
+        sass.check_loops_without_spills(LOOPS.replace("HGMMA", "FFMA"))
+
+
 LOADER = """
  st.shared.b64  [%r60+100416], %rd3;
  bar.warp.sync  -1;

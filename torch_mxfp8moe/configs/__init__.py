@@ -30,8 +30,6 @@ FOLDER = Path(__file__).parent
 
 MOST_IN_TURNS = 32
 """Slots of a tile whose stages two groups of warps take in turns."""
-MOST_GATHERED = 64
-"""Slots of a tile whose activations are gathered."""
 
 ALIKE = {"sm_103": "sm_100"}
 """Architectures that take the files of another one."""
@@ -73,8 +71,8 @@ class Tiles:
     gemm1: Gemm
     gemm2: Gemm
     gather: bool = False
-    """With programs: gemm1 reads activations where their tokens are; they are not copied for each expert before.
-    block_m is at most MOST_GATHERED."""
+    """With programs: gemm1 reads activations where their tokens are; they are not copied for each expert before. It has
+    1 turn."""
 
     @property
     def kernels(self) -> str:
@@ -160,10 +158,8 @@ def rule(where: str, data: dict) -> Tiles:
     if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 8 <= block_m <= 128:
         raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 8 to 128")
     gather = data.get("gather", False)
-    one_group = gemm1.programs and gemm1.num_warps == 4 and gemm1.turns == 1
-    if type(gather) is not bool or gather and not (one_group and block_m <= MOST_GATHERED):
-        takes = f"true takes programs, block_m up to {MOST_GATHERED}, and 4 warps and 1 turn in gemm1"
-        raise ValueError(f"{where}: gather is {gather!r}; {takes}")
+    if type(gather) is not bool or gather and not (gemm1.programs and gemm1.turns == 1):
+        raise ValueError(f"{where}: gather is {gather!r}; true takes programs, and 1 turn in gemm1")
     if block_m > MOST_IN_TURNS and max(gemm1.turns, gemm2.turns) > 1:
         raise ValueError(f"{where}: block_m is {block_m}; with turns it takes 8 to {MOST_IN_TURNS}")
     if block_m == 8 and not gemm1.programs:

@@ -15,7 +15,7 @@ the order of things to us. What it does beyond the plain kernel:
 - TURNS is 2: two groups of warps share a tile, each with the products of every other stage. One tile at a time on a
   multiprocessor ends in half the time of one of two, which is what the last tiles of a launch cost.
 - GATHER: beside the loader, two warps fetch the row of each slot's token, which nobody has to copy to the slot before.
-  TMA can not, and is faster where tiles are full.
+  TMA can not, and leaves more to the others.
 """
 
 import triton.language as tl
@@ -293,7 +293,7 @@ def _load(
     A program's first tile is the one of its number. The next is taken when one is nearly loaded: no sooner, for the
     last ones to go to whoever is first, and no later, for it to be known in time."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told = work
+    pairs, columns, told, copied = work
     counter = (counters + 2 * (HALVES - 1)).to(gl.int64, bitcast=True)
     box: gl.constexpr = min(COLUMNS, BOX)
     BYTES: gl.constexpr = HALVES * BLOCK_N * COLUMNS
@@ -380,16 +380,39 @@ def _load(
 
 
 @gluon.jit
+def _rows_of_slots(routes, slot, end, K: gl.constexpr, TOPK: gl.constexpr):
+    """Where the row of each slot's token begins, in eights of columns; -1 from ``end`` on."""
+    within = slot < end
+    route = gl.load(routes + slot, mask=within, other=0)
+    return gl.where(within, route // TOPK * (K // 8), -1)
+
+
+@gluon.jit
+def _gather_step(tile, x, row, k, K: gl.constexpr, COLUMNS: gl.constexpr):
+    """64 columns from ``k`` on, of which rows; zeros for -1."""
+    # As if it were another one each time, or it would be kept as an address and a condition: registers are few.
+    row = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [row], dtype=gl.int32, is_pure=False, pack=1)
+    there = row >= 0
+    if K % COLUMNS != 0:
+        there = there & (k < K)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
+    begin = row.to(gl.uint32, bitcast=True).to(gl.int64) * 8
+    gather_async(tile, (x + k) + column[None, :] + begin[:, None], there[:, None])
+
+
+@gluon.jit
 def _gather(
     x, ring, work, routes, offsets,
     K: gl.constexpr, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TOPK: gl.constexpr,
 ):  # fmt: skip
-    """Beside the loader: the activations of all its stages, the row of each slot's token, zeros after an expert's."""
+    """Beside the loader: the activations of all its stages, the row of each slot's token, zeros after an expert's; half
+    of a tile that is at most half full."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told = work
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
-    slot = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    pairs, columns, told, copied = work
+    COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
+    layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0]))
+    slot = gl.arange(0, COPY, layout=layout)
     stage = 0
     phase = 0
     mbarrier.wait(told.index(stage), phase)
@@ -398,24 +421,48 @@ def _gather(
         expert = pair.to(gl.int32)
         first = (pair >> 32).to(gl.int32)
         end = gl.load(offsets + expert + 1)
-        within = first + slot < end
-        route = gl.load(routes + first + slot, mask=within, other=0)
-        at = x + ((route // TOPK * K)[:, None] + column[None, :])
+        row0 = _rows_of_slots(routes, first + slot, end, K, TOPK)
+        row1 = row0
+        if COPY < BLOCK_M:
+            row1 = _rows_of_slots(routes, first + COPY + slot, end, K, TOPK)
         for k in range(0, K, COLUMNS):
-            mbarrier.wait(told.index(stage), phase)
+            mbarrier.wait(empty.index(stage), phase ^ 1)
             for i in gl.static_range(COLUMNS // STEP):
-                there = within
-                if K % COLUMNS != 0:
-                    there = within & (k + i * STEP < K)
-                gather_async(x_ring.index(stage * (COLUMNS // STEP) + i), at + (k + i * STEP), there[:, None])
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                tile = x_ring.index(stage * (COLUMNS // STEP) + i)
+                _gather_step(tile.slice(0, COPY), x, row0, k + i * STEP, K, COLUMNS)
+                if COPY < BLOCK_M:
+                    if end - first > COPY:
+                        _gather_step(tile.slice(COPY, COPY), x, row1, k + i * STEP, K, COLUMNS)
+            async_copy.mbarrier_arrive(copied.index(stage), increment_count=False)
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
         mbarrier.wait(told.index(stage), phase)
         pair = _get(pairs, stage)
-    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+    async_copy.mbarrier_arrive(copied.index(stage), increment_count=False)
+
+
+@gluon.jit
+def _pass_on(ring, work, K: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
+    """Beside the loader: tells the other warps of each stage that is gathered, once a fence has made it visible to the
+    matrix unit. A fence waits for all that its warp has under way, which is nothing here."""
+    x_ring, w_ring, full, empty = ring
+    pairs, columns, told, copied = work
+    stage = 0
+    phase = 0
+    mbarrier.wait(copied.index(stage), phase)
+    while _get(pairs, stage) >= 0:
+        for _ in range(0, K, COLUMNS):
+            mbarrier.wait(copied.index(stage), phase)
+            fence_async_shared()
+            mbarrier.arrive(full.index(stage), count=1)
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        mbarrier.wait(copied.index(stage), phase)
+    mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
@@ -494,7 +541,7 @@ def _before(stage, STAGES: gl.constexpr, TURNS: gl.constexpr):
 def _multiply(
     ring, scales, rows0, rows1, trips, skipped, stage, phase,
     K: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
-    STEPS: gl.constexpr, ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
+    STEPS: gl.constexpr, ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
     steps. HALVED: of the same rows, one of every other step. TURNS is 2: of every other stage."""
@@ -542,8 +589,6 @@ def _multiply(
             before = (step // PARTS + STAGES - 1) % STAGES if FIXED else _before(stage, STAGES, TURNS)
             if step % PARTS == 0:
                 mbarrier.wait(full.index(at), phase)
-                if GATHER:
-                    fence_async_shared()
             if step % (box // STEP) == 0:
                 codes = w_ring.index(at * (COLUMNS // box) + step % PARTS // (box // STEP))
                 codes = codes.reshape(((1 if HALVED else 2) * GROUP, box))
@@ -710,7 +755,6 @@ def _tile(
     K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
     LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
-    GATHER: gl.constexpr,
 ):  # fmt: skip
     """A tile of M slots; the next stage and phase."""
     ROWS: gl.constexpr = 2 * N if GATE_UP else N
@@ -727,7 +771,7 @@ def _tile(
         rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * PIECES
     total0, total1, stage, phase = _multiply(
         ring, scales, rows0, rows1, trips, skipped, stage, phase,
-        K, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS, GATHER,
+        K, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS,
     )  # fmt: skip
     if HALVED:
         total0 += total1
@@ -758,12 +802,11 @@ def _compute(
     K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
     BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
-    GATHER: gl.constexpr,
 ):  # fmt: skip
     """The other warps: each tile that the loader tells of. TURNS is 2: of all stages those of ``TURN``, whatever tiles
     they are of."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told = work
+    pairs, columns, told, copied = work
     STEPS: gl.constexpr = _word_steps(K, COLUMNS, TURNS)
     stage = TURN
     phase = 0
@@ -784,13 +827,13 @@ def _compute(
             stage, phase = _tile(
                 ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
                 K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                TURNS, TURN, GATHER,
+                TURNS, TURN,
             )  # fmt: skip
         else:
             stage, phase = _tile(
                 ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
                 K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                TURNS, TURN, GATHER,
+                TURNS, TURN,
             )  # fmt: skip
         number += 1
         mbarrier.wait(full.index(stage), phase)
@@ -829,12 +872,14 @@ def warpgroup_gemm_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], scalars),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], scalars),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if GATHER else full,
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if GATHER else full,
     )
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32 * GATHERING if GATHER else 1)
+        mbarrier.init(full.index(i), count=2 if GATHER else 1)
         mbarrier.init(empty.index(i), count=1)
         if GATHER:
             mbarrier.init(work[2].index(i), count=1)
+            mbarrier.init(work[3].index(i), count=32 * GATHERING)
     BIASED: gl.constexpr = bias is not None
     WEIGHTED: gl.constexpr = topk_weights is not None
     ring = (x_ring, w_ring, full, empty)
@@ -864,7 +909,7 @@ def warpgroup_gemm_kernel(
                     (
                         ring, exchange, work, w_scale, ending, steps, offsets,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        2, 0, GATHER,
+                        2, 0,
                     ),
                 ),
                 (
@@ -872,7 +917,7 @@ def warpgroup_gemm_kernel(
                     (
                         ring, exchange, work, w_scale, ending, steps, offsets,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        2, 1, GATHER,
+                        2, 1,
                     ),
                 ),
                 (
@@ -895,7 +940,7 @@ def warpgroup_gemm_kernel(
                     (
                         ring, exchange, work, w_scale, ending, steps, offsets,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        1, 0, GATHER,
+                        1, 0,
                     ),
                 ),
                 (_gather, (x, ring, work, routes, offsets, K, BLOCK_M, COLUMNS, STAGES, TOPK)),
@@ -906,9 +951,11 @@ def warpgroup_gemm_kernel(
                         K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, 1, True,
                     ),
                 ),
+                (_pass_on, (ring, work, K, COLUMNS, STAGES)),
             ],
-            [GATHERING, 1],
-            [64, 64],
+            [GATHERING, 1, 1],
+            # With 56 the products of 128 slots have too few left, and each waits for the one before.
+            [40, 40, 40],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -918,7 +965,7 @@ def warpgroup_gemm_kernel(
                     (
                         ring, exchange, work, w_scale, ending, steps, offsets,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        1, 0, GATHER,
+                        1, 0,
                     ),
                 ),
                 (
