@@ -24,6 +24,9 @@ LENGTH = 1500
 
 MASK = 0xFFFFFFFF
 
+MATTERS = re.compile(r"HGMMA|BRA|BRX|EXIT|STL|LDL")
+"""Instructions whose names say that they do."""
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -60,11 +63,34 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     for line in lines:
         if isinstance(line, str):
             labels[line] = len(code)
-        elif re.match(r"HGMMA|BRA|BRX|EXIT|STL|LDL", line.name) or re.match("U", line.operands[0]):
-            code.append(line)
-        elif line.operands[0] in kept:
+        elif MATTERS.match(line.name) or line.operands[0] in kept or line.operands[0].startswith("U"):
             code.append(line)
     return code, labels
+
+
+def conditions(instruction: Instruction) -> list[str]:
+    """What has to be true for an instruction to do anything."""
+    found = [instruction.guard] if instruction.guard else []
+    if instruction.name.startswith("BRA"):
+        found += [operand for operand in instruction.operands if re.fullmatch(r"!?UP\w", operand)]
+    return found
+
+
+def target(branch: Instruction, labels: dict[str, int]) -> int:
+    """Where a branch goes."""
+    return labels[re.search(r"\.L_x_\d+", branch.operands[-1])[0]]
+
+
+def words(name: str) -> int:
+    """How many registers an instruction reads or writes at a time."""
+    return 4 if ".128" in name else 2 if re.search(r"\.(64|WIDE)\b", name) else 1
+
+
+def spilled(name: str, register: str, address: str) -> Iterator[tuple[str, str]]:
+    """Of an instruction that stores or loads what is spilled: each register, and the word of the stack."""
+    first = int(re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", address)[1] or "0", 16)
+    for i in range(words(name)):
+        yield register if register == "RZ" else f"R{int(register[1:]) + i}", f"[{first + 4 * i:#x}]"
 
 
 class Registers(dict):
@@ -93,15 +119,9 @@ class Registers(dict):
             return self[operand] | self[f"UR{int(number[1]) + 1}"] << 32
         return 0 if operand == "URZ" else int(operand, 16)
 
-    def spilled(self, name: str, register: str, address: str) -> Iterator[tuple[str, str]]:
-        """Of an instruction that stores or loads what is spilled: each register, and the word of the stack."""
-        first = int(re.fullmatch(r"\[R1(?:\+(0x[0-9a-f]+))?\]", address)[1] or "0", 16)
-        for i in range(4 if ".128" in name else 2 if ".64" in name else 1):
-            yield register if register == "RZ" else f"R{int(register[1:]) + i}", f"[{first + 4 * i:#x}]"
-
     def forget(self, instruction: Instruction) -> None:
         """What an instruction writes that is not computed here."""
-        wide = 4 if ".128" in instruction.name else 2 if re.search(r"\.(64|WIDE)\b", instruction.name) else 1
+        wide = words(instruction.name)
         for operand in instruction.operands[:2]:  # a predicate may come second
             if number := re.fullmatch(r"(U?R)(\d+)", operand):
                 for i in range(wide):
@@ -131,10 +151,10 @@ def execute(instruction: Instruction, registers: Registers) -> None:
     if kind[0] in ("UMOV", "MOV", "R2UR") or (name in ("IMAD.U32", "IMAD.MOV.U32") and rest[:2] == ["RZ", "RZ"]):
         registers[to] = get(rest[-1] if kind[0] == "IMAD" else rest[0])
     elif kind[0] == "STL":
-        for register, word in registers.spilled(name, rest[0], to):
+        for register, word in spilled(name, rest[0], to):
             registers[word] = registers[register]
     elif kind[0] == "LDL":
-        for register, word in registers.spilled(name, to, rest[0]):
+        for register, word in spilled(name, to, rest[0]):
             registers[register] = registers[word]
     elif name == "UIADD3.64":
         total = sum(registers.pair(operand) for operand in rest)
@@ -182,18 +202,15 @@ def walk(code: list[Instruction], labels: dict[str, int], choose: random.Random)
             number = int(re.search(r"gdesc\[UR(\d+)\]", " ".join(instruction.operands))[1])
             yield instruction.address, registers[f"UR{number + 2}"], registers[f"UR{number + 3}"]
             continue
-        conditions = [instruction.guard or "PT"]
-        if instruction.name.startswith("BRA"):
-            conditions += [operand for operand in instruction.operands if re.fullmatch(r"!?UP\w", operand)]
         if not all(
             registers.true(condition) if re.search("UP|PT", condition) else choose.getrandbits(1)
-            for condition in conditions
+            for condition in conditions(instruction)
         ):
             continue
         if instruction.name == "EXIT":
             return
         if instruction.name.startswith("BRA"):
-            at = labels[re.search(r"\.L_x_\d+", instruction.operands[-1])[0]]
+            at = target(instruction, labels)
         elif instruction.name == "BRX":  # to what a group of warps does
             at = labels[choose.choice(re.findall(r"\.L_x_\d+", " ".join(instruction.operands)))]
         else:
@@ -221,25 +238,23 @@ def check_right_operands(text: str, apart: int = 0) -> None:
     raise AssertionError(f"no path came by the matrix instructions at {[f'{a:#x}' for a in sorted(missed)]}")
 
 
-SPILL = re.compile(r"\b(?:LDL|STL)\b")
-
-
 def check_loops_without_spills(text: str) -> None:
     """A loop that multiplies keeps nothing in memory."""
-    lines = text.splitlines()
-    labels = {line.rstrip(":"): number for number, line in enumerate(lines) if re.match(r"\.L_x_\d+:", line)}
-    multiplying = []
-    for number, line in enumerate(lines):
-        match = re.search(r"@!?U?P\d\s+BRA\b.*(\.L_x_\d+)", line)  # without condition: back from waiting for a stage
-        if match and labels[match[1]] < number:
-            body = lines[labels[match[1]] : number]
-            if any("HGMMA" in line for line in body):
-                multiplying.append((labels[match[1]], number))
-    inner = [(a, b) for a, b in multiplying if not any(a <= c and d < b for c, d in multiplying)]
+    code, labels = parse(text)
+    loops = []
+    for at, instruction in enumerate(code):
+        # A branch without a condition goes back from waiting for a stage.
+        if instruction.name.startswith("BRA") and conditions(instruction):
+            begin = target(instruction, labels)
+            if any(line.name.startswith("HGMMA") for line in code[begin:at]):
+                loops.append((begin, at))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
     assert inner, "no loop multiplies"
     for begin, end in inner:
-        spills = [line for line in lines[begin:end] if SPILL.search(line)]
-        assert not spills, f"the loop at line {begin} of {lines[begin]} spills: {spills[0].strip()}"
+        for line in code[begin:end]:
+            assert not re.match("STL|LDL", line.name), (
+                f"the loop at {code[begin].address:#x} spills: {line.name} {', '.join(line.operands)}"
+            )
 
 
 MET = re.compile(r"\b(?:bar\.warp\.sync|bar\.sync|barrier\.sync)\b")

@@ -395,8 +395,7 @@ def _gather_step(tile, x, row, k, K: gl.constexpr, COLUMNS: gl.constexpr):
     there = row >= 0
     if K % COLUMNS != 0:
         there = there & (k < K)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
+    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, row.type.layout.parent))
     begin = row.to(gl.uint32, bitcast=True).to(gl.int64) * 8
     gather_async(tile, (x + k) + column[None, :] + begin[:, None], there[:, None])
 
@@ -411,8 +410,8 @@ def _gather(
     x_ring, w_ring, full, empty = ring
     pairs, columns, told, copied = work
     COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
-    layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0]))
-    slot = gl.arange(0, COPY, layout=layout)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    slot = gl.arange(0, COPY, layout=gl.SliceLayout(1, layout))
     stage = 0
     phase = 0
     mbarrier.wait(told.index(stage), phase)
