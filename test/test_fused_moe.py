@@ -1,7 +1,7 @@
 """``fused_moe``: the reference against a float64 loop, the backends against the reference, the contract's edges."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -33,7 +33,8 @@ from helpers import (
     same_bytes,
     small,
 )
-from torch_mxfp8moe import reference
+from torch_mxfp8moe import configs, reference
+from torch_mxfp8moe.arguments import FusedMoe
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 65, 130)
 ROUTING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -668,6 +669,71 @@ def test_slots_of_many_routes(T, per_part, monkeypatch):
     names = [launch.kernel.__name__ for launch in kind.plans["triton"][0].launches]
     assert names[:4] == ["count_kernel", "sum_kernel", "place_kernel", "dispatch_kernel"]
     arguments._kinds.clear()
+
+
+@small
+@pytest.mark.skipif(BACKEND != "triton", reason=f"calls go to {BACKEND}")
+@pytest.mark.skipif(torch.version.hip is not None, reason="rows are copied on AMD GPUs")
+@pytest.mark.parametrize("at_once", (True, False))
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(x_dtype="mxfp8", padded=True),
+        dict(activation_dtype="bf16", mapped=True),
+        dict(mapped=True, padded=True),
+    ),
+    ids=str,
+)
+def test_rows_rounded_beside_routes(options, at_once, monkeypatch):
+    """Where the first product reads each token's row where it is: slots and tiles are those that are found when rows
+    are copied, and the row of each token that a local expert takes is what would have been copied, to the bit."""
+    from torch_mxfp8moe.backends.triton import BACKEND as triton_backend
+    from torch_mxfp8moe.backends.triton import fused_moe as launches
+    from torch_mxfp8moe.backends.triton.launch import WORKSPACE
+
+    options = dict(options)
+    mapped, padded = options.pop("mapped", False), options.pop("padded", False)
+    scaled = options.pop("x_dtype", None) == "mxfp8"
+    T, K, E, H = 13, 3, 5, 192
+    inputs = moe_inputs(T=T, K=K, E=E, G=9 if mapped else E, H=H, scaled=scaled, id_dtype=torch.int64)
+    if mapped:
+        inputs["topk_ids"][-1, 0] = 2**40
+        inputs["topk_ids"][2] = 1
+        inputs["expert_map"] = torch.tensor([2, -1, 0, 9, 4, -3, 1, -1, 3], dtype=torch.int32, device=DEVICE)
+    if padded:
+        inputs["num_tokens"] = torch.tensor(T - 2, dtype=torch.int32, device=DEVICE)
+    call = FusedMoe(**inputs, **options).check().with_out()
+    gemms = (configs.Gemm(rows, 128, 4, 4, programs=2) for rows in (32, 64))
+    copied = configs.Tiles(None, 8, *gemms)
+    monkeypatch.setattr(launches, "ROUTES_PER_PART", 8)
+    monkeypatch.setattr(launches, "PARTS_PER_STEP", 2)
+
+    def found(tiles, *kernels):
+        plan = launches.plan(call, triton_backend.target(DEVICE), tiles)
+        workspace = torch.full((plan.workspace,), 255, dtype=torch.uint8, device=DEVICE)
+        memory = call.inputs | {"out": call.out, WORKSPACE: workspace}
+        bound = [launch.bound(memory) for launch in plan.launches[: len(kernels)]]
+        assert tuple(launch.kernel.__name__ for launch in bound) == kernels
+        for launch in bound:
+            launch.run()
+        names = "slots", "routes", "offsets", "tiles", "rows", "counters"
+        return [next(one.arguments[name] for one in bound if name in one.arguments) for name in names]
+
+    slots, routes, offsets, listed, rows, counters = found(copied, "dispatch_kernel")
+    if not at_once:
+        monkeypatch.setattr(launches, "BESIDE_ROUNDING", (0, 0))
+    front = ["route_round_kernel"] if at_once else ["count_round_kernel", "sum_kernel", "place_kernel"]
+    own = found(replace(copied, gather=True), *front)
+    count = int(offsets[-1])
+    assert 0 < count and (count < T * K) == (mapped or padded)
+    assert torch.equal(own[0], slots) and torch.equal(own[1][:count], routes[:count])
+    assert torch.equal(own[2], offsets) and torch.equal(own[3], listed) and not own[5].any()
+    for slot in range(count):
+        assert same_bytes(own[4][routes[slot] // K], rows[slot])
+    idle = (slots.view(T, K) < 0).all(1)
+    assert idle.any() == (mapped or padded)
+    assert (own[4][idle].contiguous().view(torch.uint8) == 255).all()  # nothing was written
 
 
 def test_out_of_no_tokens():

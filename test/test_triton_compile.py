@@ -6,6 +6,7 @@ layouts). ``tools/check_triton.py`` runs it with other versions of Triton.
 """
 
 import os
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -30,13 +31,14 @@ import sass  # noqa: E402
 from gfx950_simulator import assembly, code_object  # noqa: E402
 from test_gpu_hopper import TILES  # noqa: E402
 from torch_mxfp8moe.backends.triton import preshuffle, quantize  # noqa: E402
-from torch_mxfp8moe.backends.triton.fused_moe import FEW_ROUTES, MANY_ROUTES, admits, plan  # noqa: E402
+from torch_mxfp8moe.backends.triton.fused_moe import BESIDE_ROUNDING, FEW_ROUTES, MANY_ROUTES, admits, plan  # noqa: E402
 from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 from torch_mxfp8moe.backends.triton.matvec import down_kernel, gate_up_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.routing import (  # noqa: E402
-    combine_kernel, count_kernel, dispatch_kernel, place_kernel, route_kernel, sum_kernel,
+    combine_kernel, count_kernel, count_round_kernel, dispatch_kernel, place_kernel, route_kernel, route_round_kernel,
+    sum_kernel,
 )  # fmt: skip
 
 ARCHS = tuple(machine_code.SHARED)
@@ -96,8 +98,11 @@ def launches(call: FusedMoe, arch: str, tiles: Tiles) -> list:
     """Those of a layer."""
     parts = plan(call, Target(arch), tiles).bind(call.inputs | {"out": call.out}, call.device)
     expected = KERNELS[tiles.kernels]
-    if expected[0] is route_kernel:
-        routes = call.tokens * call.topk
+    routes = call.tokens * call.topk
+    if tiles.gather:
+        many = [count_round_kernel, sum_kernel, place_kernel]
+        expected = (many if routes > BESIDE_ROUNDING[1] else [route_round_kernel]) + expected[2:]
+    elif expected[0] is route_kernel:
         first = ROUTING[1 if routes > MANY_ROUTES else -1 if routes <= FEW_ROUTES and not arch.startswith("gfx") else 0]
         expected = first + expected[1:]
     assert [part.kernel for part in parts] == expected
@@ -257,6 +262,27 @@ def test_whole_layer(arch, case, record_property):
     for kernels in {tiles.kernels for tiles in rules} - {"hopper"}:
         first = next(tiles for tiles in rules if tiles.kernels == kernels)
         compiled(launches(call, arch, first), arch, record_property)
+
+
+@pytest.mark.parametrize("T, kernel", ((64, route_round_kernel), (2048, count_round_kernel)), ids=("few", "many"))
+def test_one_kernel_for_rows_at_any_address(T, kernel):
+    """Of activations and of the output: words where they are aligned to them, elements where they are not, so that
+    nothing is compiled when the first tensor comes that is not aligned as those of ``warmup`` were."""
+    H, tiles = 1024, next(tiles for tiles in TILES.values() if tiles.gather)
+
+    def code(start: int, stride: int) -> list:
+        call = moe(H=H, I=256, E=32, K=4, T=T)
+        x, out = (empty(T * stride + start).as_strided((T, H), (stride, 1), start) for _ in range(2))
+        assert x.data_ptr() % 16 == 2 * start % 16
+        parts = launches(replace(call, hidden_states=x, out=out).check(), "sm_90", tiles)
+        parts = [part for part in parts if part.kernel in (kernel, combine_kernel)]
+        return compile_offline(parts, Target("sm_90"))
+
+    aligned, not_aligned = code(0, H), code(1, H + 3)
+    assert len(aligned) == 2 and [one.hash for one in aligned] == [one.hash for one in not_aligned]
+    rounding, combine = (one.asm["ptx"] for one in aligned)
+    assert rounding.count("ld.global.v4.b32") == 1 and rounding.count("ld.global.b16") == 8
+    assert combine.count("st.global.v4.b32") == 1 and combine.count("st.global.b16") == 8
 
 
 @pytest.mark.skipif(SCOPE < 2, reason="compiles for minutes: MXFP8MOE_COMPILE=all")

@@ -15,7 +15,10 @@ from .gemm import grouped_gemm_kernel
 from .launch import ALIGNMENT, BUFFER_OFFSETS_WRAP, STAGES_SPILL, WORKSPACE, Descriptor, Launch, Operand, Plan
 from .matvec import down_kernel, gate_up_kernel
 from .memory import order
-from .routing import combine_kernel, count_kernel, dispatch_kernel, place_kernel, route_kernel, sum_kernel
+from .routing import (
+    combine_kernel, count_kernel, count_round_kernel, dispatch_kernel, place_kernel, route_kernel, route_round_kernel,
+    sum_kernel,
+)  # fmt: skip
 from .targets import HIP_ARCHITECTURES, Target, multiprocessors
 
 LARGEST_WORKSPACE = 1 << 30
@@ -32,6 +35,10 @@ PARTS_PER_STEP = 512
 
 ROUTES_PER_STEP = 1024, 4096
 """Of the kernel that finds the slots of all others: the first if these are all."""
+
+BESIDE_ROUNDING = 1024, 2048
+"""Likewise of the kernel that rounds rows as well, whose routes are the second at most; more take registers that those
+who round have then too few of, and are MANY_ROUTES to it."""
 
 BLOCKS_PER_PROGRAM = 32
 COLUMNS_PER_PROGRAM = 1024
@@ -196,36 +203,82 @@ class _Sorted(_Part):
     def launches(self) -> list[Launch]:
         gemm = self._specialized_gemm if self.specialized else self._gemm
         return [
-            *self._route(),
-            self._dispatch(),
+            *(self._route_and_round() if self.tiles.gather else [*self._route(), self._dispatch()]),
             gemm(self.tiles.gemm1, self.rows, self.rows_scale, "w1", True),
             gemm(self.tiles.gemm2, self.inner, self.inner_scale, "w2", False),
             self._combine(),
         ]
 
+    @property
+    def _places(self) -> dict:
+        """What is written of where routes go."""
+        return dict(slots=self.slots, routes=self.sorted_routes, offsets=self.offsets)
+
+    def _listing(self) -> dict:
+        """What a kernel is told that lists tiles."""
+        return dict(tiles=self.tile_list, tiles_bound=self.tiles_bound, BLOCK_M=self.tiles.block_m)
+
     def _route(self) -> list[Launch]:
-        result = dict(slots=self.slots, routes=self.sorted_routes, offsets=self.offsets)
         options = dict(num_warps=8)
         if self.few:
             return []
         if self.routes <= MANY_ROUTES:
             step = ROUTES_PER_STEP[self.routes > ROUTES_PER_STEP[0]]
-            return [Launch(route_kernel, (self.call.experts,), self._routing() | result | dict(N=step), options)]
-        parts, columns = triton.cdiv(self.routes, ROUTES_PER_PART), min(4, self.experts_pow2)
+            arguments = self._routing() | self._places | dict(N=step)
+            return [Launch(route_kernel, (self.call.experts,), arguments, options)]
+        parts = triton.cdiv(self.routes, ROUTES_PER_PART)
         counts = self._scratch(torch.int32, parts, self.experts_pow2)
+        part = self._routing() | dict(EXPERTS_POW2=self.experts_pow2, N=ROUTES_PER_PART)
+        count = Launch(count_kernel, (parts,), part | dict(counts=counts), options)
+        return [count, *self._from_counts(counts)]
+
+    def _from_counts(self, counts: Operand, **tiles) -> list[Launch]:
+        """The launches that give slots, from the counts of each part of the routes; and list ``tiles``."""
+        parts, columns = counts.shape[0], min(4, self.experts_pow2)
         before = self._scratch(torch.int32, parts + 1, self.experts_pow2)
         sizes = dict(EXPERTS_POW2=self.experts_pow2)
-        part = self._routing() | sizes | dict(N=ROUTES_PER_PART)
+        options = dict(num_warps=8)
         return [
-            Launch(count_kernel, (parts,), part | dict(counts=counts), options),
             Launch(
                 sum_kernel,
                 (self.experts_pow2 // columns,),
                 sizes | dict(counts=counts, before=before, parts=parts, ROWS=PARTS_PER_STEP, COLUMNS=columns),
                 options,
             ),
-            Launch(place_kernel, (parts,), part | result | dict(before=before), options),
+            Launch(
+                place_kernel,
+                (parts,),
+                self._routing() | sizes | self._places | dict(tiles=None, tiles_bound=0, BLOCK_M=0) | tiles
+                | dict(before=before, N=ROUTES_PER_PART),
+                options,
+            ),
+        ]  # fmt: skip
+
+    def _route_and_round(self) -> list[Launch]:
+        """Where rounded rows are not copied to slots."""
+        call = self.call
+        programs = self.tokens * triton.cdiv(call.hidden // BLOCK, BLOCKS_PER_PROGRAM)
+        both = self._routing() | self._rounding() | dict(rows=self.rows, EXPERTS_POW2=self.experts_pow2)
+        few, most = BESIDE_ROUNDING
+        if self.routes <= most:
+            arguments = both | self._places | self._listing()
+            arguments |= dict(counters=self.counters, ROUTES=few if self.routes <= few else most)
+            return [Launch(route_round_kernel, (call.experts + programs,), arguments)]
+        parts = triton.cdiv(self.routes, ROUTES_PER_PART)
+        counts = self._scratch(torch.int32, parts, self.experts_pow2)
+        arguments = both | dict(counts=counts, counters=self.counters, parts=parts, ROUTES=ROUTES_PER_PART)
+        return [
+            Launch(count_round_kernel, (parts + programs,), arguments),
+            *self._from_counts(counts, **self._listing()),
         ]
+
+    def _rounding(self) -> dict:
+        """What a kernel is told that rounds activations."""
+        call = self.call
+        return self._hidden_states() | dict(
+            H=call.hidden, TOPK_POW2=triton.next_power_of_2(call.topk), MXFP8=call.activation_dtype == "mxfp8",
+            NATIVE_E4M3=self.target.native_e4m3, N=BLOCKS_PER_PROGRAM,
+        )  # fmt: skip
 
     def _dispatch(self) -> Launch:
         call = self.call
@@ -233,16 +286,11 @@ class _Sorted(_Part):
         return Launch(
             dispatch_kernel,
             (call.experts + self.tokens * parts,),
-            self._hidden_states() | self._routing()
+            self._routing() | self._rounding() | self._places | self._listing()
             | dict(
-                slots=self.slots, routes=self.sorted_routes, offsets=self.offsets,
-                rows=self.rows, rows_scale=self.rows_scale,
-                tiles=self.tile_list, tiles_bound=self.tiles_bound, counters=self.counters, H=call.hidden,
-                EXPERTS_POW2=self.experts_pow2, TOPK_POW2=triton.next_power_of_2(call.topk),
+                rows=self.rows, rows_scale=self.rows_scale, counters=self.counters, EXPERTS_POW2=self.experts_pow2,
                 ROUTES=max(32, triton.next_power_of_2(self.routes)) if self.few else 0,
-                BLOCK_M=self.tiles.block_m, MXFP8=call.activation_dtype == "mxfp8", IN_PRODUCT_ORDER=self.specialized,
-                BY_TOKEN=self.tiles.gather,
-                NATIVE_E4M3=self.target.native_e4m3, N=BLOCKS_PER_PROGRAM,
+                IN_PRODUCT_ORDER=self.specialized,
             ),
         )  # fmt: skip
 
@@ -347,7 +395,7 @@ class _Sorted(_Part):
             | dict(
                 terms=self.terms, slots=self.slots, out=self._given("out", by_token=True),
                 out_stride=call.out.stride(0), H=call.hidden, TOPK=call.topk, WEIGHTED=not self.weight_on_input,
-                N=COLUMNS_PER_PROGRAM,
+                WORDS=self.target.arch not in HIP_ARCHITECTURES, N=COLUMNS_PER_PROGRAM,
             ),
         )  # fmt: skip
 
