@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import device
 from helpers import PACKAGE, only_cpu, run_python
-from shapes import rows
+from shapes import Row, rows
 from torch_mxfp8moe import configs
 
 TOOLS = PACKAGE.parent / "tools"
@@ -28,7 +28,7 @@ pytest.importorskip("triton", reason="needs Triton: pip install triton")
 sys.path.insert(0, str(TOOLS))
 
 import tune_gpu  # noqa: E402
-from bench import tuning  # noqa: E402
+from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all  # noqa: E402
 from bench.tuning import CALLS, GEMMS, REST, Journal, PARTNERS, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 
@@ -311,7 +311,7 @@ def tuner(monkeypatch, tmp_path):
     row = dataclasses.replace(rows()["Qwen3-30B-A3B TP1"], name="small")
     weights = type(row).weights
     monkeypatch.setattr(
-        type(row), "weights", lambda self, device="cuda": weights(self, device) if device == "meta" else None
+        type(row), "weights", lambda self, device="cuda": weights(self, device) if device == "meta" else {}
     )
     monkeypatch.setattr(tune_gpu, "Measured", Fake)
     gemms = [{"gemm1": one, "gemm2": one} for one in (GEMM | {"block_k": 256}, PARTNERS["matvec"]["gemm1"])]
@@ -955,6 +955,35 @@ def test_few_tokens_of_many_may_be_rounded_the_other_way():
     assert said(1, 0.2).startswith("1 of 2000 tokens are off, by up to 2.0e-01")
 
 
+def test_no_product_finds_its_weights_in_a_cache():
+    """What the calls of a graph read of w2 is more than a cache holds, with every row, unless they are too many."""
+    for row in rows().values():
+        copies, w2 = tune_gpu.copies_of(row), row.local * row.hidden * row.intermediate
+        assert (copies - 1) * w2 < timing.FLUSH_BYTES <= copies * w2
+        for T in (1, 8, 64, 8192):
+            calls = tune_gpu.calls_of(row, T)
+            assert calls >= timing.calls_of(T)
+            if T >= 64:
+                assert calls >= copies
+            if calls < tune_gpu.MOST_CALLS:
+                experts = row.local * (1 - (1 - row.topk / row.experts) ** T)
+                assert calls * experts * row.hidden * row.intermediate >= timing.FLUSH_BYTES
+    small, large = rows()["Qwen3-30B-A3B TP4"], rows()["MiniMax-M3 TP4"]
+    assert [tune_gpu.copies_of(row) for row in (small, large)] == [11, 1]
+    assert [tune_gpu.calls_of(small, T) for T in (1, 8, 64, 1024)] == [64, 27, 16, 11]
+    assert [tune_gpu.calls_of(large, T) for T in (1, 8, 64, 1024)] == [29, 16, 16, 4]
+
+
+def test_copies_of_weights_take_turns(monkeypatch):
+    monkeypatch.setattr(tune_gpu, "calls_of", lambda row, T: 5)
+    monkeypatch.setattr(tune_gpu.torch_mxfp8moe.reference, "fused_moe", lambda **_: None)
+    row, tokens = rows()["Qwen3-30B-A3B TP4"].smaller(experts=8), Row.tokens
+    monkeypatch.setattr(Row, "tokens", lambda self, T, routing, device: tokens(self, T, routing, "meta"))
+    weights = [row.weights("meta") for _ in range(2)]
+    calls = tune_gpu.Measured(row, weights, 3, "mxfp8").calls
+    assert [call.w2 is weights[i % 2]["w2"] for i, call in enumerate(calls)] == [True] * 5
+
+
 @pytest.mark.skipif(
     device.why_not("interpreter") is not None, reason=f"needs Triton's interpreter: {device.why_not('interpreter')}"
 )
@@ -970,11 +999,11 @@ from bench import timing
 from test_bench_gpu import PARTS
 from torch_mxfp8moe.backends.triton import BACKEND, launch
 
-timing.calls_of = lambda T: 2
+tune_gpu.calls_of = lambda row, T: 2
 timing.in_one_graph = lambda functions, repeat=9: (functions[0](), float(len(functions)))[1]
 tune_gpu.RUNS = 2
 torch.manual_seed(0)
-weights = PARTS.weights("cpu")
+weights = [PARTS.weights("cpu")]
 original = type(PARTS).tokens
 type(PARTS).tokens = lambda self, T, routing="uniform", device="cpu": original(self, T, routing, "cpu")
 type(PARTS).call = lambda self, T, weights, **options: tune_gpu.torch_mxfp8moe.arguments.FusedMoe(
@@ -1067,7 +1096,7 @@ sys.path.insert(0, {str(TOOLS)!r})
 from pathlib import Path
 from bench import tuning
 from bench.compiling import Task, compile_all, settle_keys
-from shapes import rows
+from shapes import Row, rows
 from bench.tuning import PARTNERS, key
 from torch_mxfp8moe.backends.triton import quantize
 from torch_mxfp8moe.backends.triton.launch import compile_offline

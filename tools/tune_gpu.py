@@ -23,12 +23,14 @@ for H100 came from tools/bench/candidates/sm_90.json.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -55,6 +57,9 @@ HANG = 60.0
 
 RESTART = 75
 """Exit status of a worker that has to be started again: a candidate hung, or left the GPU unusable."""
+
+MOST_CALLS = 64
+"""In a graph."""
 
 UNTIL = "MXFP8MOE_TUNE_UNTIL"
 """Set for workers: the time when they end."""
@@ -87,12 +92,26 @@ def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
     return ""
 
 
-class Measured:
-    """The calls of one point on this GPU, and what they must give."""
+def copies_of(row: Row) -> int:
+    """How many copies of a row's weights take turns, for w2 to be more than the last-level cache holds. A product that
+    is timed alone would find it there otherwise; in a layer, w1 drives it out."""
+    return math.ceil(timing.FLUSH_BYTES / (row.local * row.hidden * row.intermediate))
 
-    def __init__(self, row: Row, weights: dict, T: int, activations: str, layout: str = "row_major"):
+
+def calls_of(row: Row, T: int) -> int:
+    """How many calls of T tokens take turns, for what they read of w2 to be more than that too."""
+    share = 1 - (1 - row.topk / row.experts) ** T  # of the experts, that a call reaches
+    read = share * row.local * row.hidden * row.intermediate
+    return max(timing.calls_of(T), min(MOST_CALLS, math.ceil(timing.FLUSH_BYTES / read)))
+
+
+class Measured:
+    """The calls of one point on this GPU, and what they must give. ``weights``: copies, which they take in turns."""
+
+    def __init__(self, row: Row, weights: list[dict], T: int, activations: str, layout: str = "row_major"):
         options = dict(activation_dtype=activations, layout=layout)
-        self.calls = [row.call(T, weights=weights, **options).with_out() for _ in range(timing.calls_of(T))]
+        turns = zip(range(calls_of(row, T)), cycle(weights))
+        self.calls = [row.call(T, weights=own, **options).with_out() for _, own in turns]
         call = self.calls[0]
         self.want = torch_mxfp8moe.reference.fused_moe(**call.inputs, **row.options, **options, out_dtype=torch.float32)
 
@@ -201,7 +220,8 @@ class Tuner:
             count, done = sum(map(len, todo.values())), 0
             if todo and weights is None:
                 progress(f"weights of {row.name}")
-                weights = in_layout(row.weights(), self.args.layout)
+                weights = [in_layout(row.weights(), self.args.layout)]
+                weights += [{name: x.clone() for name, x in weights[0].items()} for _ in range(copies_of(row) - 1)]
             for task, failed in compile_all(todo, self.args.jobs):
                 for search, tile in todo[task]:
                     done += 1
