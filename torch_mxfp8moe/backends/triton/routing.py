@@ -422,7 +422,8 @@ def count_round_kernel(
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
     ROUTES: tl.constexpr, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0..parts-1 write what those of :func:`count_kernel` do, the others round rows (:func:`_round_row`)."""
+    """Programs 0..parts-1 write what those of :func:`count_kernel` do, for ROUTES routes each, the others round rows
+    (:func:`_round_row`)."""
     pid = tl.program_id(0)
     if pid < parts:
         if pid == 0:
