@@ -145,8 +145,8 @@ def test_launches_are_named_by_their_kernels_and_weights(monkeypatch):
     from torch_mxfp8moe.backends.triton.targets import Target
 
     call = SMALL.call(8, "meta").with_out()
-    for arch, product in (("sm_80", "grouped_gemm"), ("sm_90", "warpgroup_gemm")):
-        one = ["dispatch", f"{product} w1", f"{product} w2", "combine"]
+    for arch, first, product in (("sm_80", "dispatch", "grouped_gemm"), ("sm_90", "route_round", "warpgroup_gemm")):
+        one = [first, f"{product} w1", f"{product} w2", "combine"]
         assert [label(launch) for launch in fused_moe.plan(call, Target(arch)).launches] == one
     monkeypatch.setattr(fused_moe, "LARGEST_WORKSPACE", 1500)
     assert [label(launch) for launch in fused_moe.plan(call, Target("sm_90")).launches][:8] == one * 2
