@@ -679,7 +679,7 @@ def test_slots_of_many_routes(T, per_part, monkeypatch):
     "options",
     (
         dict(),
-        dict(x_dtype="mxfp8", padded=True),
+        dict(scaled=True, padded=True),
         dict(activation_dtype="bf16", mapped=True),
         dict(mapped=True, padded=True),
     ),
@@ -693,8 +693,7 @@ def test_rows_rounded_beside_routes(options, at_once, monkeypatch):
     from torch_mxfp8moe.backends.triton.launch import WORKSPACE
 
     options = dict(options)
-    mapped, padded = options.pop("mapped", False), options.pop("padded", False)
-    scaled = options.pop("x_dtype", None) == "mxfp8"
+    scaled, mapped, padded = (options.pop(name, False) for name in ("scaled", "mapped", "padded"))
     T, K, E, H = 13, 3, 5, 192
     inputs = moe_inputs(T=T, K=K, E=E, G=9 if mapped else E, H=H, scaled=scaled, id_dtype=torch.int64)
     if mapped:
@@ -720,7 +719,7 @@ def test_rows_rounded_beside_routes(options, at_once, monkeypatch):
         names = "slots", "routes", "offsets", "tiles", "rows", "counters"
         return [next(one.arguments[name] for one in bound if name in one.arguments) for name in names]
 
-    slots, routes, offsets, listed, rows, counters = found(copied, "dispatch_kernel")
+    slots, routes, offsets, listed, rows, _ = found(copied, "dispatch_kernel")
     if not at_once:
         monkeypatch.setattr(launches, "BESIDE_ROUNDING", (0, 0))
     front = ["route_round_kernel"] if at_once else ["count_round_kernel", "sum_kernel", "place_kernel"]

@@ -226,11 +226,13 @@ class _Sorted(_Part):
             step = ROUTES_PER_STEP[self.routes > ROUTES_PER_STEP[0]]
             arguments = self._routing() | self._places | dict(N=step)
             return [Launch(route_kernel, (self.call.experts,), arguments, options)]
-        parts = triton.cdiv(self.routes, ROUTES_PER_PART)
-        counts = self._scratch(torch.int32, parts, self.experts_pow2)
-        part = self._routing() | dict(EXPERTS_POW2=self.experts_pow2, N=ROUTES_PER_PART)
-        count = Launch(count_kernel, (parts,), part | dict(counts=counts), options)
-        return [count, *self._from_counts(counts)]
+        counts = self._counts()
+        arguments = self._routing() | dict(counts=counts, EXPERTS_POW2=self.experts_pow2, N=ROUTES_PER_PART)
+        return [Launch(count_kernel, counts.shape[:1], arguments, options), *self._from_counts(counts)]
+
+    def _counts(self) -> Operand:
+        """How many routes of each part reach each expert."""
+        return self._scratch(torch.int32, triton.cdiv(self.routes, ROUTES_PER_PART), self.experts_pow2)
 
     def _from_counts(self, counts: Operand, **tiles) -> list[Launch]:
         """The launches that give slots, from the counts of each part of the routes; and list ``tiles``."""
@@ -256,21 +258,24 @@ class _Sorted(_Part):
 
     def _route_and_round(self) -> list[Launch]:
         """Where rounded rows are not copied to slots."""
-        call = self.call
-        programs = self.tokens * triton.cdiv(call.hidden // BLOCK, BLOCKS_PER_PROGRAM)
+        experts, programs = self.call.experts, self._programs_that_round
         both = self._routing() | self._rounding() | dict(rows=self.rows, EXPERTS_POW2=self.experts_pow2)
         few, most = BESIDE_ROUNDING
         if self.routes <= most:
             arguments = both | self._places | self._listing()
             arguments |= dict(counters=self.counters, ROUTES=few if self.routes <= few else most)
-            return [Launch(route_round_kernel, (call.experts + programs,), arguments)]
-        parts = triton.cdiv(self.routes, ROUTES_PER_PART)
-        counts = self._scratch(torch.int32, parts, self.experts_pow2)
+            return [Launch(route_round_kernel, (experts + programs,), arguments)]
+        counts = self._counts()
+        parts = counts.shape[0]
         arguments = both | dict(counts=counts, counters=self.counters, parts=parts, ROUTES=ROUTES_PER_PART)
         return [
             Launch(count_round_kernel, (parts + programs,), arguments),
             *self._from_counts(counts, **self._listing()),
         ]
+
+    @property
+    def _programs_that_round(self) -> int:
+        return self.tokens * triton.cdiv(self.call.hidden // BLOCK, BLOCKS_PER_PROGRAM)
 
     def _rounding(self) -> dict:
         """What a kernel is told that rounds activations."""
@@ -281,11 +286,9 @@ class _Sorted(_Part):
         )  # fmt: skip
 
     def _dispatch(self) -> Launch:
-        call = self.call
-        parts = triton.cdiv(call.hidden // BLOCK, BLOCKS_PER_PROGRAM)
         return Launch(
             dispatch_kernel,
-            (call.experts + self.tokens * parts,),
+            (self.call.experts + self._programs_that_round,),
             self._routing() | self._rounding() | self._places | self._listing()
             | dict(
                 rows=self.rows, rows_scale=self.rows_scale, counters=self.counters, EXPERTS_POW2=self.experts_pow2,

@@ -219,29 +219,23 @@ def _aligned(row):
 
 
 @triton.jit
-def _rounded(
-    x, x_scale, token, block, x_stride, x_scale_stride,
-    H: tl.constexpr, HELD: tl.constexpr, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """Blocks ``block`` [N] of a token of x [T, H], rounded to MXFP8, or else to bf16 -> values [N, 32] times
-    HELD_TIMES if HELD, or else codes, and scale bytes [N] (of bf16 there are none).
-
-    x_scale: of x that is MXFP8 already, or None. Blocks that H does not have are zeros. WORDS: read words of rows that
-    are aligned to them.
-    """
+def _of_blocks(block, H: tl.constexpr):
+    """The columns [N, 32] of blocks [N], and which of them H has."""
     index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    block_within = block < H // BLOCK
-    within = block_within[:, None] & (index < H)
-    if WORDS:
-        if _aligned(x + token * x_stride):
-            values = tl.load(tl.multiple_of(x + token * x_stride, 16) + index, mask=within, other=0)
-        else:
-            values = tl.load(x + token * x_stride + index, mask=within, other=0)
-    else:
-        values = tl.load(x + token * x_stride + index, mask=within, other=0)
+    return index, (block < H // BLOCK)[:, None] & (index < H)
+
+
+@triton.jit
+def _rounded(
+    values, x_scale, token, block, x_scale_stride,
+    H: tl.constexpr, HELD: tl.constexpr, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr,
+):  # fmt: skip
+    """values [N, 32] of blocks ``block`` [N] of a token, rounded to MXFP8, or else to bf16 -> the same times HELD_TIMES
+    if HELD, or else codes, and scale bytes [N] (of bf16 there are none). x_scale: of values that are MXFP8 already, or
+    None."""
     byte = block
     if x_scale is not None:
-        byte = tl.load(x_scale + token * x_scale_stride + block, mask=block_within, other=0).to(tl.int32)
+        byte = tl.load(x_scale + token * x_scale_stride + block, mask=block < H // BLOCK, other=0).to(tl.int32)
         code = values
     elif MXFP8:
         values = cast(values, tl.float32)
@@ -272,6 +266,7 @@ _of_routes_and_rows = triton.jit(
         "ids_stride",
         "first_token",
         "known",
+        "parts",
     ],
     do_not_specialize_on_alignment=["x", "x_scale", "topk_ids", "expert_map", "num_tokens"],
 )
@@ -331,14 +326,14 @@ def dispatch_kernel(
         if last >= 0:
             first = (pid - EXPERTS) % parts * N
             block = first + tl.arange(0, N)
+            index, within = _of_blocks(block, H)
+            values = tl.load(x + token * x_stride + index, mask=within, other=0)
             result, byte = _rounded(
-                x, x_scale, token, block, x_stride, x_scale_stride, H, rows_scale is None, MXFP8, NATIVE_E4M3, False
+                values, x_scale, token, block, x_scale_stride, H, rows_scale is None, MXFP8, NATIVE_E4M3
             )
             result = result.to(rows.dtype.element_ty)
             if IN_PRODUCT_ORDER:
                 result, index = _reordered(result, first, N)
-            else:
-                index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
             for k in tl.static_range(TOPK):
                 if ROUTES:
                     slot = tl.sum(tl.where(k_index == k, own_slots, 0), 0).to(tl.int64)
@@ -358,26 +353,29 @@ def _round_row(
     NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """N blocks of a token of x [T, H], rounded (:func:`_rounded`), to the token's row of rows [T, H]: bf16, times
-    HELD_TIMES, in product order. Where it may be that none of a token's routes reaches a local expert, nothing is
-    written for those."""
+    HELD_TIMES, in product order; by words where x is aligned to them. Where it may be that none of a token's routes
+    reaches a local expert, nothing is written for those."""
     parts: tl.constexpr = (H // BLOCK + N - 1) // N
-    token = program // parts
+    token = (program // parts).to(tl.int64)
     local = 0
     if expert_map is not None or num_tokens is not None:
         k_index = tl.arange(0, TOPK_POW2)
         local = local_experts(
-            topk_ids, expert_map, num_tokens, token * TOPK + k_index, routes_total, ids_stride, first_token, known,
-            EXPERTS, TOPK,
+            topk_ids, expert_map, num_tokens, token.to(tl.int32) * TOPK + k_index, routes_total, ids_stride,
+            first_token, known, EXPERTS, TOPK,
         )  # fmt: skip
         local = tl.max(tl.where(k_index < TOPK, local, -1), 0)
     if local >= 0:
         first = program % parts * N
         block = first + tl.arange(0, N)
-        result, _ = _rounded(
-            x, x_scale, token.to(tl.int64), block, x_stride, x_scale_stride, H, True, MXFP8, NATIVE_E4M3, True
-        )
+        index, within = _of_blocks(block, H)
+        if _aligned(x + token * x_stride):
+            values = tl.load(tl.multiple_of(x + token * x_stride, 16) + index, mask=within, other=0)
+        else:
+            values = tl.load(x + token * x_stride + index, mask=within, other=0)
+        result, _ = _rounded(values, x_scale, token, block, x_scale_stride, H, True, MXFP8, NATIVE_E4M3)
         result, index = _reordered(result.to(rows.dtype.element_ty), first, N)
-        tl.store(rows + token.to(tl.int64) * H + index, result, mask=index < H)
+        tl.store(rows + token * H + index, result, mask=index < H)
 
 
 @_of_routes_and_rows
