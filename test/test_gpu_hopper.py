@@ -129,7 +129,7 @@ def test_every_code_with_every_scale(K, column, rows, columns, stages, turns):
         offsets=experts, routes=experts, topk_weights=None, counters=counters,
         count=E * N // rows, weights_stride=0, alpha=1.0, beta=0.0, limit=0.0, K=K, N=N, GATE_UP=False, MXFP8=False,
         LIMITED=False, BLOCK_M=16, BLOCK_N=rows, COLUMNS=columns, STAGES=stages, TURNS=turns,
-        GATHER=False, TOPK=1,
+        GATHER=False, TOPK=1, OVERLAP=True,
     )  # fmt: skip
     launch = Launch(warpgroup_gemm_kernel, (100,), arguments, dict(num_warps=4, maxnreg=128))
     data = codes[:, 0, :, column].contiguous().view(torch.float8_e4m3fn)

@@ -74,6 +74,14 @@ class _Part:
     def launches(self) -> list[Launch]:
         raise NotImplementedError
 
+    def overlapping(self) -> list[Launch]:
+        """:meth:`launches`, each but the first of which starts while the one before ends, where they can."""
+        overlaps = self.target.overlaps
+        return [
+            replace(launch, arguments=launch.arguments | dict(OVERLAP=overlaps), dependent=overlaps and i > 0)
+            for i, launch in enumerate(self.launches())
+        ]
+
     def _scratch(self, dtype: torch.dtype, *shape: int) -> Operand:
         """The next piece of the workspace."""
         operand = Operand(WORKSPACE, dtype, shape=shape, offset=self.workspace)
@@ -433,5 +441,5 @@ def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     step = max(1, LARGEST_WORKSPACE // token_bytes)
     kind = _RouteByRoute if tiles.kernels == "matvec" else _Sorted
     parts = [kind(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
-    launches = [launch for part in parts for launch in part.launches()]
+    launches = [launch for part in parts for launch in part.overlapping()]
     return Plan(launches, max((part.workspace for part in parts), default=0))

@@ -18,6 +18,7 @@ from triton.language.extra import libdevice
 
 from .memory import offset
 from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decoded, encoded, factor, scale_byte, swiglu
+from .overlap import take_over
 
 
 @triton.jit
@@ -185,6 +186,7 @@ def grouped_gemm_kernel(
     GATE_UP: tl.constexpr, MXFP8: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr,
     X_LEFT: tl.constexpr, NATIVE_E4M3: tl.constexpr, WGMMA: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, WAVES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a tile: BLOCK_M slots of one expert by BLOCK_N output columns.
 
@@ -193,6 +195,7 @@ def grouped_gemm_kernel(
     rounded to MXFP8 or bf16 and held as x is; the routing weight multiplies gate and up if ``topk_weights`` is there.
     Otherwise the product itself.
     """
+    take_over(OVERLAP)
     pid = tl.program_id(0)
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = pid // column_tiles

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .memory import PRODUCT_ORDER, in_product_order
 from .numerics import BLOCK, HELD_TIMES, factor, scale_byte
+from .overlap import take_over
 
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.7
 
@@ -280,10 +281,19 @@ def _get(ring, stage):
 
 
 @gluon.jit
+def _load_weights(w, ring, full, expert, n, k, stage, COLUMNS: gl.constexpr, pred):
+    """A stage's: the columns from ``k`` on of the rows from ``n`` on."""
+    box: gl.constexpr = min(COLUMNS, BOX)
+    for i in gl.static_range(COLUMNS // box):
+        at = ring.index(stage * (COLUMNS // box) + i)
+        load_async(w, [expert, 0, n, k + i * box], full.index(stage), at, pred=pred)
+
+
+@gluon.jit
 def _load(
     x, w, w_scale, ring, work, tiles, offsets, counters, count,
     K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr,
-    HALVES: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr,
+    HALVES: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, GATHER: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The loader: for each tile of this program, the operands of all its stages, and with them which tile it is; a last
     stage, for each of those who take turns, says that there is no other. The other warps read scale bytes themselves,
@@ -291,11 +301,14 @@ def _load(
     once they are told which tile a stage is of.
 
     A program's first tile is the one of its number. The next is taken when one is nearly loaded: no sooner, for the
-    last ones to go to whoever is first, and no later, for it to be known in time."""
+    last ones to go to whoever is first, and no later, for it to be known in time.
+
+    The other warps do nothing before they are told of a tile, so that waiting for the launch before is the loader's
+    part. Of the second product's first tile it loads weights meanwhile; that tile was listed before the first
+    product."""
     x_ring, w_ring, full, empty = ring
     pairs, columns, told, copied = work
     counter = (counters + 2 * (HALVES - 1)).to(gl.int64, bitcast=True)
-    box: gl.constexpr = min(COLUMNS, BOX)
     BYTES: gl.constexpr = HALVES * BLOCK_N * COLUMNS
     COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
     column_tiles: gl.constexpr = ((whole_steps(N) if HALVES == 2 else N) + BLOCK_N - 1) // BLOCK_N
@@ -306,8 +319,18 @@ def _load(
     give: gl.constexpr = max(padded - 512, 0)
     tiles = tiles.to(gl.pointer_type(gl.int64), bitcast=True)
     index = gl.program_id(0)
+    AHEAD: gl.constexpr = min(STAGES, padded // COLUMNS) if OVERLAP and HALVES == 1 else 0
+    if AHEAD == 0:
+        take_over(OVERLAP)
     pair = gl.load(tiles + index // column_tiles)
     end = gl.load(offsets + gl.maximum(pair.to(gl.int32) + 1, 0))
+    if AHEAD > 0:
+        if pair.to(gl.int32) >= 0:
+            for early in gl.static_range(AHEAD):
+                n = index % column_tiles * BLOCK_N
+                _load_weights(w, w_ring, full, pair.to(gl.int32), n, early * COLUMNS, early, COLUMNS, True)
+        take_over(OVERLAP)
+    loaded = AHEAD
     while index < count:
         own = pair
         expert = own.to(gl.int32)
@@ -342,9 +365,11 @@ def _load(
                 else:
                     mbarrier.expect(full.index(stage), BYTES + COPY * COLUMNS * 2, pred=slots <= COPY)
                     mbarrier.expect(full.index(stage), BYTES + BLOCK_M * COLUMNS * 2, pred=slots > COPY)
-                for i in gl.static_range(COLUMNS // box):
-                    at = w_ring.index(stage * (COLUMNS // box) + i)
-                    load_async(w, [expert, 0, n, k + i * box], full.index(stage), at)
+                if AHEAD == 0:
+                    _load_weights(w, w_ring, full, expert, n, k, stage, COLUMNS, True)
+                else:
+                    _load_weights(w, w_ring, full, expert, n, k, stage, COLUMNS, loaded <= 0)
+                    loaded -= 1
                 if not GATHER:
                     for i in gl.static_range(COLUMNS // STEP):
                         at = x_ring.index(stage * (COLUMNS // STEP) + i)
@@ -845,7 +870,7 @@ def warpgroup_gemm_kernel(
     weights_stride: "i64", alpha: "fp32", beta: "fp32", limit: "fp32",
     K: gl.constexpr, N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    GATHER: gl.constexpr, TOPK: gl.constexpr,
+    GATHER: gl.constexpr, TOPK: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """``count`` tiles, one program for one after another: BLOCK_M slots of one expert by BLOCK_N output columns, 16 for
     each warp (GATE_UP) or 32, or half of that.
@@ -923,7 +948,7 @@ def warpgroup_gemm_kernel(
                     _load,
                     (
                         x, w, w_scale, ring, work, tiles, offsets, counters, count,
-                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, TURNS, False,
+                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, TURNS, False, OVERLAP,
                     ),
                 ),
             ],
@@ -947,7 +972,7 @@ def warpgroup_gemm_kernel(
                     _load,
                     (
                         x, w, w_scale, ring, work, tiles, offsets, counters, count,
-                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, 1, True,
+                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, 1, True, OVERLAP,
                     ),
                 ),
                 (_pass_on, (ring, work, K, COLUMNS, STAGES)),
@@ -971,7 +996,7 @@ def warpgroup_gemm_kernel(
                     _load,
                     (
                         x, w, w_scale, ring, work, tiles, offsets, counters, count,
-                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, TURNS, False,
+                        K, N, BLOCK_M, BLOCK_N, COLUMNS, HALVES, STAGES, TURNS, False, OVERLAP,
                     ),
                 ),
             ],

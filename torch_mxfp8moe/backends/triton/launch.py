@@ -113,6 +113,8 @@ class Launch:
     """Compiler options: num_warps, num_stages, ..."""
     buffers: bool = True
     """Whether loads may be buffer instructions on AMD GPUs."""
+    dependent: bool = False
+    """Whether it starts before the launch before it has ended, and waits for that by itself (:mod:`.overlap`)."""
     to_lds: bool | None = None
     """Whether a pipelined loop's loads go straight to LDS on AMD GPUs; if not, a stage waits in registers. None: as
     Triton has it (3.6 and 3.7 not, 3.8 and 3.9 on gfx950)."""
@@ -135,15 +137,19 @@ class Launch:
                 knobs.amd.use_async_copy = self.to_lds
             yield
 
+    @property
+    def _options(self) -> dict:
+        return self.options | ({"launch_pdl": True} if self.dependent else {})
+
     def run(self) -> None:
         """Launch it the way Triton does, once bound."""
         with self._knobs():
-            self.kernel[self.grid](**self.arguments, **self.options)
+            self.kernel[self.grid](**self.arguments, **self._options)
 
     def compiled(self) -> CompiledKernel:
         """The machine code, compiled if it has not been; of a bound launch."""
         with self._knobs():
-            kernel = self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+            kernel = self.kernel.warmup(grid=self.grid, **self.arguments, **self._options)
             return kernel.result() if hasattr(kernel, "result") else kernel
 
 

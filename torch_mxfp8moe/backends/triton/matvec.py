@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .numerics import BLOCK, block_amax, cast, decode, decoded, encoded, factor, scale_byte, swiglu
+from .overlap import take_over, wait_for_launch_before
 from .routing import local_experts
 
 PIECE = tl.constexpr(16)
@@ -124,12 +125,14 @@ def gate_up_kernel(
     weights_stride: "i64", alpha: "fp32", beta: "fp32", limit: "fp32",
     H: tl.constexpr, N: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, MXFP8: tl.constexpr,
     LIMITED: tl.constexpr, NATIVE_E4M3: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N columns of a route: inner [R, N] fp32 = silu(gate) * up, for routes to a local expert.
 
     x [T, H], with x_scale [T, H/32] if it is MXFP8 already; w [E, 2 N, H] and w_scale [E, 2 N, H/32], row-major; bias
     [E, 2 N] or None; topk_weights: None unless they multiply gate and up.
     """
+    take_over(OVERLAP)
     parts: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     route = tl.program_id(0) // parts
     n = tl.program_id(0) % parts * BLOCK_N
@@ -183,6 +186,7 @@ def down_kernel(
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64", weights_stride: "i64", out_stride: "i64",
     H: tl.constexpr, N: tl.constexpr, EXPERTS: tl.constexpr, TOPK: tl.constexpr, MXFP8: tl.constexpr,
     WEIGHTED: tl.constexpr, NATIVE_E4M3: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program for BLOCK_N columns of a token: out [T, H] = the sum over its local experts, in the order of k, of
     routing weight (WEIGHTED) times what w [E, H, N], w_scale [E, H, N/32] and bias [E, H] or None make of
@@ -204,6 +208,8 @@ def down_kernel(
     biases = tl.zeros([BLOCK_N], tl.float32)
     at = tl.maximum(expert, 0)  # weights that nobody asked for, of a route that goes nowhere
     words, byte = _weights(w + at * (H * N), w_scale + at * (H * (N // BLOCK)), row, 0, H, N, BLOCK_N, BLOCK_K)
+    if OVERLAP:
+        wait_for_launch_before()  # later, in the loop's first trip, it takes longer
     inner += first.to(tl.int64) * N
     values = _activations(inner, 0, N, BLOCK_K)  # of a route that goes nowhere: what was there, and not used
     for i in range(TOPK * pieces):

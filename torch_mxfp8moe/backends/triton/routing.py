@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .memory import to_product_order
 from .numerics import BLOCK, HELD_TIMES, block_amax, cast, decoded, encoded, factor, scale_byte
+from .overlap import take_over, wait_for_launch_before
 
 
 _of_routes = triton.jit(
@@ -76,9 +77,10 @@ def _count_routes(local, EXPERTS_POW2: tl.constexpr):
 def route_kernel(
     topk_ids, expert_map, num_tokens, slots, routes, offsets,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
-    EXPERTS: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr,
+    EXPERTS: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program an expert. Writes slots [R] (-1: adds nothing), routes [R] by slot, offsets [E + 1] in slots."""
+    take_over(OVERLAP)
     expert = tl.program_id(0)
     lane = tl.arange(0, N)
     before = tl.zeros([N], tl.int32)
@@ -126,9 +128,10 @@ def _count_part(
 def count_kernel(
     topk_ids, expert_map, num_tokens, counts,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
-    EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr,
+    EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program a part of N routes. Writes counts [parts, EXPERTS_POW2]: how many of the part reach each expert."""
+    take_over(OVERLAP)
     _count_part(
         topk_ids, expert_map, num_tokens, counts, routes_total, ids_stride, first_token, known,
         EXPERTS, EXPERTS_POW2, TOPK, N,
@@ -136,9 +139,13 @@ def count_kernel(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def sum_kernel(counts, before, parts: "i32", EXPERTS_POW2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_kernel(
+    counts, before, parts: "i32",
+    EXPERTS_POW2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """One program for COLUMNS experts. Writes before [parts + 1, EXPERTS_POW2]: of the parts before each, the sum of
     ``counts``, and in the last row that of all."""
+    take_over(OVERLAP)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.int32)
     for first in range(0, parts, ROWS):
@@ -176,10 +183,17 @@ def place_kernel(
     topk_ids, expert_map, num_tokens, before, slots, routes, offsets, tiles,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64", tiles_bound: "i32",
     EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr, N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """After :func:`sum_kernel`, one program a part. Writes what :func:`route_kernel` does, and ``tiles``, if they are
     given, as :func:`dispatch_kernel` does."""
     part = tl.program_id(0)
+    lane = tl.arange(0, N)
+    route = part * N + lane
+    local = local_experts(
+        topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
+    )  # fmt: skip
+    take_over(OVERLAP)
     expert = tl.arange(0, EXPERTS_POW2)
     count = tl.load(before + tl.num_programs(0) * EXPERTS_POW2 + expert)
     end = tl.cumsum(count, 0)
@@ -188,11 +202,6 @@ def place_kernel(
     if tiles is not None:
         for listed in range(part, EXPERTS, tl.num_programs(0)):
             _list_tiles(listed, end - count, end, tiles, tiles_bound, EXPERTS, EXPERTS_POW2, BLOCK_M)
-    lane = tl.arange(0, N)
-    route = part * N + lane
-    local = local_experts(
-        topk_ids, expert_map, num_tokens, route, routes_total, ids_stride, first_token, known, EXPERTS, TOPK
-    )  # fmt: skip
     first = end - count + tl.load(before + part * EXPERTS_POW2 + expert)
     earlier = (local[None, :] == local[:, None]) & (lane[None, :] < lane[:, None])
     slot = tl.gather(first, tl.maximum(local, 0), 0) + tl.sum(earlier.to(tl.int32), 1)
@@ -280,7 +289,7 @@ def dispatch_kernel(
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
     ROUTES: tl.constexpr, BLOCK_M: tl.constexpr, MXFP8: tl.constexpr, IN_PRODUCT_ORDER: tl.constexpr,
-    NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
+    NATIVE_E4M3: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..E-1 list the tiles [tiles_bound, 2] of their experts (-1: none); each other one takes N blocks of a
     token of x [T, H], rounds them (:func:`_rounded`) and copies them to the slots of the token's routes.
@@ -290,6 +299,7 @@ def dispatch_kernel(
     Rows are written as codes and rows_scale if there is one, else as bf16, times HELD_TIMES; IN_PRODUCT_ORDER: H is,
     and a multiple of 64.
     """
+    take_over(OVERLAP)
     pid = tl.program_id(0)
     if ROUTES:
         local = local_experts(
@@ -385,9 +395,11 @@ def route_round_kernel(
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
     ROUTES: tl.constexpr, BLOCK_M: tl.constexpr, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Of up to ROUTES routes: programs 0..E-1 write what those of :func:`route_kernel` and of :func:`dispatch_kernel`
     do for their experts, the others round rows (:func:`_round_row`)."""
+    take_over(OVERLAP)
     pid = tl.program_id(0)
     if pid < EXPERTS:
         route = tl.arange(0, ROUTES)
@@ -418,10 +430,11 @@ def count_round_kernel(
     x_stride: "i64", x_scale_stride: "i64",
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
     H: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_POW2: tl.constexpr, TOPK: tl.constexpr, TOPK_POW2: tl.constexpr,
-    ROUTES: tl.constexpr, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr,
+    ROUTES: tl.constexpr, MXFP8: tl.constexpr, NATIVE_E4M3: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs 0..parts-1 write what those of :func:`count_kernel` do, for ROUTES routes each, the others round rows
     (:func:`_round_row`)."""
+    take_over(OVERLAP)
     pid = tl.program_id(0)
     if pid < parts:
         if pid == 0:
@@ -441,9 +454,12 @@ def count_round_kernel(
 def combine_kernel(
     terms, slots, topk_weights, out, weights_stride: "i64", out_stride: "i64",
     H: tl.constexpr, TOPK: tl.constexpr, WEIGHTED: tl.constexpr, WORDS: tl.constexpr, N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [T, H] = the sum over k = 0..K-1, in this order and in fp32, of weight * the term in the route's slot. WORDS:
     write words to rows that are aligned to them."""
+    if OVERLAP:
+        wait_for_launch_before()
     parts: tl.constexpr = (H + N - 1) // N
     token = (tl.program_id(0) // parts).to(tl.int64)
     column = tl.program_id(0) % parts * N + tl.arange(0, N)

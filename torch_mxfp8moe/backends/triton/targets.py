@@ -45,6 +45,12 @@ class Target:
         return self.capability >= 90
 
     @property
+    def overlaps(self) -> bool:
+        """Whether the launches of a call overlap (:mod:`.overlap`). Later NVIDIA GPUs could as well; there it has not
+        been run."""
+        return self.capability == 90
+
+    @property
     def why_not(self) -> str | None:
         """Why the kernels do not run there, or None if they do."""
         if self.capability and self.capability < MINIMUM_CUDA:
