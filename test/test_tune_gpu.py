@@ -30,7 +30,7 @@ sys.path.insert(0, str(TOOLS))
 import tune_gpu  # noqa: E402
 from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all  # noqa: E402
-from bench.tuning import CALLS, GEMMS, REST, Journal, PARTNERS, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
+from bench.tuning import BASE, CALLS, GEMMS, Journal, PARTNERS, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 
 from torch_mxfp8moe.backends.triton.targets import Target  # noqa: E402
 
@@ -47,7 +47,7 @@ def point(T: int, shape=SHAPE, row: str = "A") -> Point:
 
 
 def trial(T: int = 1, part: str = "gemm1", block_m: int = 16, tile: dict = GEMM, **kwargs) -> Trial:
-    return Trial(point(T, **kwargs), part, key({"block_m": block_m}), key({} if part == REST else tile))
+    return Trial(point(T, **kwargs), part, key({"block_m": block_m}), key({} if part == BASE else tile))
 
 
 # Tiles as data
@@ -154,7 +154,7 @@ def test_tiles_without_room_are_not_tried():
     assert known | {"num_warps": 8, "block_n": 128} not in proposed  # together, and not two of its programs
     rule, tile = {"block_m": 1, "kernels": "matvec"}, {"block_n": 32, "block_k": 1024, "num_warps": 4, "num_stages": 1}
     assert tuning.fits("gemm2", rule, tile) and not tuning.fits("gemm1", rule, tile)
-    assert tuning.fits("gemm1", rule, tile | {"num_warps": 8}) and tuning.fits("rest", rule, {})
+    assert tuning.fits("gemm1", rule, tile | {"num_warps": 8}) and tuning.fits(BASE, rule, {})
 
 
 def test_turns_without_a_stage_for_each_are_not_tried():
@@ -243,7 +243,7 @@ def test_a_journal_is_read_again(tmp_path):
     results = {
         trial(): Result("ok", 12.5), trial(tile=OTHER): Result("wrong", 3.0, "2 of 9 elements are wrong"),
         trial(64, "gemm2", 64): Result("failed", note="out of resource"),
-        trial(part=REST): Result("ok", 7.0),
+        trial(part=BASE): Result("ok", 7.0),
     }  # fmt: skip
     for one, result in results.items():
         journal.begin(one)
@@ -278,22 +278,28 @@ def test_the_source_hash_is_of_what_the_files_hold(tmp_path):
 
 
 class Fake:
-    """In the place of a point on a GPU: a time that depends on fields alone."""
+    """In the place of a point on a GPU: calls whose time depends on fields alone, each product's beside the other's."""
 
     measured = []
+
+    @staticmethod
+    def us(T, rule, gemms):
+        kernels = tuning.kernels_of(rule)
+        us = 0.0 if kernels == "matvec" else 5.0  # of launches that sort and combine
+        for tile in gemms:
+            us += 10.0 + abs(math.log2(tile["block_n"] / 128)) + tile["num_stages"] / 8 + rule["block_m"] / 64
+            us += {"hopper": 2.0 if T == 16 else -2.0, "gemm": 0.0, "matvec": -2.0}[kernels]
+        return us
 
     def __init__(self, row, weights, T, activations, layout):
         self.T = T
 
     def measure(self, part, rule, tile, target, slow):
         self.measured.append((self.T, part, key(rule), key(tile)))
-        if part == REST:
-            return Result("ok", 5.0)
-        if tile["num_stages"] == 5:
+        if tile.get("num_stages") == 5:
             raise RuntimeError("out of resource")
-        us = 10.0 + abs(math.log2(tile["block_n"] / 128)) + tile["num_stages"] / 8 + rule["block_m"] / 64
-        us += {"hopper": 2.0 if self.T == 16 else -2.0, "gemm": 0.0, "matvec": -2.0}[tuning.kernels_of(rule)]
-        return Result("wrong", us, "planted") if tile["num_warps"] == 8 else Result("ok", us)
+        us = self.us(self.T, rule, tuning.with_partner(part, rule, tile).values())
+        return Result("wrong", us, "planted") if tile.get("num_warps") == 8 else Result("ok", us)
 
 
 @pytest.fixture
@@ -393,7 +399,7 @@ def test_wrong_candidates(tmp_path, capsys, text, said):
 
 
 def test_a_search_begins_at_what_is_configured(tmp_path):
-    """And of each point the configured rule's is the first."""
+    """And of each point the configured rule's are the first: the base, then both products."""
     args = tune_gpu.parse(["--journal", str(tmp_path / "j"), "--tokens", "1", "256", "512"])
     one = tune_gpu.Tuner(args, None, Target("sm_90"), 0)
     searches = one.searches(rows()["MiniMax-M3 TP4"])
@@ -401,8 +407,9 @@ def test_a_search_begins_at_what_is_configured(tmp_path):
         tiles = configs.choose(
             "sm_90", "mxfp8", tokens=T, hidden=6144, intermediate=768, experts=128, topk=4, admits=lambda tiles: True
         )
-        first, second = [search for search in searches if search.point.T == T][:2]
-        assert first.rule == second.rule == tuning.rule_json(tiles)
+        base, first, second = [search for search in searches if search.point.T == T][:3]
+        assert base.rule == first.rule == second.rule == tuning.rule_json(tiles)
+        assert (base.part, base.start, first.part, second.part) == (BASE, {}, *GEMMS)
         assert (first.start, second.start) == (tuning.gemm_json(tiles.gemm1), tuning.gemm_json(tiles.gemm2))
 
 
@@ -413,8 +420,10 @@ def test_a_row_is_tuned_and_a_second_run_measures_nothing(tuner, capsys):
     for search in searches:
         best, us = search.best
         kernels = tuning.kernels_of(search.rule)
-        if search.part == REST:
-            assert kernels != "matvec" and best == {}
+        gemms = tuning.with_partner(search.part, search.rule, best)
+        assert us == Fake.us(search.point.T, search.rule, gemms.values())
+        if search.part == BASE:
+            assert best == {} and gemms == PARTNERS[kernels]
         elif kernels == "gemm":
             assert best == {"block_n": 128, "block_k": best["block_k"], "num_warps": 4, "num_stages": 2}
         elif kernels == "matvec":
@@ -422,6 +431,15 @@ def test_a_row_is_tuned_and_a_second_run_measures_nothing(tuner, capsys):
         else:
             wide = {"gemm1": 64, "gemm2": 128}[search.part]
             assert (best["block_n"], best["num_stages"], best["num_warps"]) == (wide, 2, 4)
+    parts = {}
+    for search in searches:
+        parts.setdefault((search.point, key(search.rule)), []).append(search.part)
+    assert all(own == list(tuning.PARTS) for own in parts.values())  # of all kernels
+    found = Table(one.journal.results)
+    for at in found.times:
+        for best in found.best(at, 9.0):  # of each rule; a call with both products' best tiles was not measured itself
+            rule, *gemms = map(json.loads, (best.rule, best.gemm1, best.gemm2))
+            assert found.us(at, best) == Fake.us(at.T, rule, gemms)
     assert len(set(Fake.measured)) == len(Fake.measured) > 50
     said = capsys.readouterr().out
     assert "wrong: small T=16 gemm1" in said and ": planted" in said
@@ -599,13 +617,14 @@ def test_workers_follow_one_another(tmp_path):
 
 
 def table(times: dict[tuple[Point, int, str], float]) -> Table:
-    """From the microseconds of each product, by point, block_m and a name; the name is the tile's num_stages."""
+    """From the microseconds of calls with one tile for both products, by point, block_m and a name; the name is the
+    tile's num_stages. A base takes block_m microseconds; each product's tile makes half of the difference."""
     results = {}
     for (at, block_m, stages), us in times.items():
         rule = key({"block_m": block_m})
         for gemm in GEMMS:
-            results[Trial(at, gemm, rule, key(GEMM | {"num_stages": int(stages)}))] = Result("ok", us)
-        results[Trial(at, REST, rule, key({}))] = Result("ok", 0.0)
+            results[Trial(at, gemm, rule, key(GEMM | {"num_stages": int(stages)}))] = Result("ok", (block_m + us) / 2)
+        results[Trial(at, BASE, rule, key({}))] = Result("ok", float(block_m))
     return Table(results, CALLS[-1])
 
 
@@ -637,9 +656,31 @@ def test_the_time_of_a_tile():
     assert one.best(a) == [tile(16, 2)] and one.best(a, 0.02) == [tile(16, 2), tile(32, 2)]
     assert one.over_best(a, tile(16, 3)) == pytest.approx(1.01) and one.over_best(a, tile(16, 4)) is None
     wrong = Table(
-        {trial(): Result("wrong", 1.0), trial(part="gemm2"): Result("ok", 1.0), trial(part=REST): Result("ok", 1.0)}
+        {trial(): Result("wrong", 1.0), trial(part="gemm2"): Result("ok", 1.0), trial(part=BASE): Result("ok", 1.0)}
     )
     assert wrong.best(point(1)) == []
+
+
+def test_the_time_of_a_tile_is_the_bases_and_what_products_change_of_it():
+    a, rule = point(1), key({"block_m": 16})
+    measured = {
+        (BASE, key({})): 30.0, ("gemm1", key(GEMM)): 31.0, ("gemm1", key(OTHER)): 26.0,
+        ("gemm2", key(GEMM)): 28.0, ("gemm2", key(OTHER)): 33.0,
+    }  # fmt: skip
+
+    def of(times):
+        return Table({Trial(a, part, rule, name): Result("ok", us) for (part, name), us in times.items()})
+
+    one, tiles = of(measured), [Tile.of({"block_m": 16}, *both) for both in itertools.product((GEMM, OTHER), repeat=2)]
+    assert [one.us(a, tile) for tile in tiles] == [29.0, 34.0, 24.0, 29.0]
+    assert one.best(a) == [tiles[2]] and one.least == {a: 24.0}
+    for missing in ((BASE, key({})), ("gemm1", key(OTHER)), ("gemm2", key(GEMM))):
+        assert of({trial: us for trial, us in measured.items() if trial != missing}).us(a, tiles[2]) is None
+    for base, us in ((53.0, 1.0), (54.0, None), (55.0, None)):  # 26 and 28, of calls that differ from it in one product
+        one = of(measured | {(BASE, key({})): base})
+        assert one.us(a, tiles[2]) == us and one.best(a) == ([] if us is None else [tiles[2]])
+        assert one.least == ({} if us is None else {a: us}) and (one.over_best(a, tiles[2]) is None) == (us is None)
+        assert one.us(a, tiles[1]) == 64.0 - base  # whatever other tiles' times say
 
 
 def test_one_rule_where_one_tile_is_good_enough_everywhere():
@@ -729,7 +770,7 @@ def test_a_file_is_made_of_a_journal_without_a_gpu(tmp_path, monkeypatch, capsys
     for name, row in rows().items():
         shape = (row.hidden, row.intermediate, row.experts, row.topk)
         for T in (1, 4096):
-            for part in (*GEMMS, REST):
+            for part in (*GEMMS, BASE):
                 for block_m in (16, 128):
                     us = 10.0 if (block_m == 16) == (T == 1) else 20.0
                     journal.finish(trial(T, part, block_m, shape=shape, row=name), Result("ok", us))
@@ -759,7 +800,7 @@ def test_rows_of_a_file_leave_the_rules_of_others(tmp_path, monkeypatch, default
     """Also where the journal has rows of all the names of test/shapes.csv, in other sizes. Replaced if that is said."""
     path, out = tmp_path / "j.jsonl", tmp_path / "sm_90.json"
     journal = Journal(path, {"gpu": "X"})
-    for name, part, T in itertools.product(rows(), (*GEMMS, REST), (1, 64)):
+    for name, part, T in itertools.product(rows(), (*GEMMS, BASE), (1, 64)):
         journal.finish(trial(T, part, shape=(1024, 256, 32, 4), row=name), Result("ok", 10.0))
     old = json.loads((configs.FOLDER / "triton" / "sm_90.json").read_text())
     other = dict(zip(tuning.SIZES, (96, 32, 4, 2))) | {"tiles": [tile(16, 4).json(None)]}
@@ -866,30 +907,32 @@ def test_rows_of_one_name_and_other_sizes_are_not_one():
     assert found == {CALLS[0]: {new}, CALLS[-1]: {SHAPE, new}}
 
 
-def test_the_rest_counts_for_those_that_have_one():
+def test_the_base_counts_for_all_kernels():
+    """It may tell which are the fastest, and without it nothing is known of them."""
     a, results = point(1), {}
-    for one, us in ((PLAIN, 10.0), (BY_ROUTE[0], 11.0)):
+    for one, us, base in ((PLAIN, 20.0, 10.0), (BY_ROUTE[0], 21.0, 20.0)):
         for part, name in one.parts.items():
-            results[Trial(a, part, one.rule, name)] = Result("ok", us)
+            results[Trial(a, part, one.rule, name)] = Result("ok", base if part == BASE else us)
     table = Table(results)
-    assert (table.us(a, PLAIN), table.us(a, BY_ROUTE[0])) == (30.0, 22.0) and table.best(a)[0] == BY_ROUTE[0]
-    del results[Trial(a, REST, PLAIN.rule, key({}))]
-    assert Table(results).us(a, PLAIN) is None and Table(results).best(a) == [BY_ROUTE[0]]
-    assert tuning.tables_of(results) == []  # a file of it would not serve every call
+    assert (table.us(a, PLAIN), table.us(a, BY_ROUTE[0])) == (30.0, 22.0) and table.best(a, 0.4) == [BY_ROUTE[0], PLAIN]
+    without = lambda one: {t: r for t, r in results.items() if t != Trial(a, BASE, one.rule, key({}))}
+    for one, other in ((PLAIN, BY_ROUTE[0]), (BY_ROUTE[0], PLAIN)):
+        assert Table(without(one)).us(a, one) is None and Table(without(one)).best(a, 0.4) == [other]
+    assert tuning.tables_of(without(PLAIN)) == []  # a file of it would not serve every call
+    assert [table.least for table in tuning.tables_of(without(BY_ROUTE[0]))] == [{a: 30.0}] * 2
 
 
 @given(st.data())
 def test_any_journal_gives_a_file_that_serves_every_call(data):
-    """Whatever came of the trials, in whatever state it was left."""
+    """Whatever came of the trials, also if their times contradict each other, in whatever state it was left."""
     outcomes = st.sampled_from([Result("ok", us) for us in (10.0, 10.1, 13.0, 40.0)] * 2 + [Result("wrong", 1.0), None])
     results = {}
     for T, (row, shape) in itertools.product((1, 2, 16, 256), (("A", SHAPE), ("B", (128, 32, 4, 2)))):
         for one in (PLAIN, WIDER, *SPECIAL, *BY_ROUTE):
             admitted = one.kernels != "hopper" or row == "A"
             if admitted and (one.kernels != "matvec" or point(T).rows <= tuning.MATVEC_ROWS):
-                result = data.draw(outcomes)
                 for part, name in one.parts.items():
-                    if result is not None:
+                    if (result := data.draw(outcomes)) is not None:
                         results[Trial(point(T, shape, row), part, one.rule, name)] = result
     tables = tuning.tables_of(results)
     if not tables:
@@ -955,11 +998,11 @@ def test_few_tokens_of_many_may_be_rounded_the_other_way():
     assert said(1, 0.2).startswith("1 of 2000 tokens are off, by up to 2.0e-01")
 
 
-def test_no_product_finds_its_weights_in_a_cache():
-    """What the calls of a graph read of w2 is more than a cache holds, with every row, unless they are too many."""
+def test_no_call_finds_its_weights_in_a_cache():
+    """What a graph's calls read of weights is more than a cache holds, with every row, unless they are too many."""
     for row in rows().values():
-        copies, w2 = tune_gpu.copies_of(row), row.local * row.hidden * row.intermediate
-        assert (copies - 1) * w2 < timing.FLUSH_BYTES <= copies * w2
+        copies, weights = tune_gpu.copies_of(row), sum(row.weights("meta")[name].nbytes for name in ("w1", "w2"))
+        assert (copies - 1) * weights < timing.FLUSH_BYTES <= copies * weights
         for T in (1, 8, 64, 8192):
             calls = tune_gpu.calls_of(row, T)
             assert calls >= timing.calls_of(T)
@@ -967,11 +1010,13 @@ def test_no_product_finds_its_weights_in_a_cache():
                 assert calls >= copies
             if calls < tune_gpu.MOST_CALLS:
                 experts = row.local * (1 - (1 - row.topk / row.experts) ** T)
-                assert calls * experts * row.hidden * row.intermediate >= timing.FLUSH_BYTES
+                assert calls * experts * 3 * row.hidden * row.intermediate >= timing.FLUSH_BYTES
     small, large = rows()["Qwen3-30B-A3B TP4"], rows()["MiniMax-M3 TP4"]
-    assert [tune_gpu.copies_of(row) for row in (small, large)] == [11, 1]
-    assert [tune_gpu.calls_of(small, T) for T in (1, 8, 64, 1024)] == [64, 27, 16, 11]
-    assert [tune_gpu.calls_of(large, T) for T in (1, 8, 64, 1024)] == [29, 16, 16, 4]
+    least = dataclasses.replace(small, intermediate=96)  # a call of one token reads 1 / 16 of 72 MiB
+    assert [tune_gpu.copies_of(row) for row in (least, small, large)] == [8, 4, 1]
+    assert [tune_gpu.calls_of(least, T) for T in (1, 8, 64, 1024)] == [64, 18, 16, 8]
+    assert [tune_gpu.calls_of(small, T) for T in (1, 8, 64, 1024, 8192)] == [57, 16, 16, 4, 4]
+    assert [tune_gpu.calls_of(large, T) for T in (1, 8, 64, 1024, 8192)] == [16, 16, 16, 4, 2]
 
 
 def test_copies_of_weights_take_turns(monkeypatch):
@@ -989,7 +1034,7 @@ def test_copies_of_weights_take_turns(monkeypatch):
 )
 def test_measuring_looks_at_what_the_kernels_wrote():
     """In Triton's interpreter: a tile is right; a launch that is left out after the first run is seen, though what an
-    earlier run had written was right."""
+    earlier run had written was right. What is timed is whole calls, here as 1 us a launch and call."""
     code = f"""
 import sys
 sys.path.insert(0, {str(TOOLS)!r})
@@ -1000,7 +1045,13 @@ from test_bench_gpu import PARTS
 from torch_mxfp8moe.backends.triton import BACKEND, launch
 
 tune_gpu.calls_of = lambda row, T: 2
-timing.in_one_graph = lambda functions, repeat=9: (functions[0](), float(len(functions)))[1]
+one_launch, launches = launch.Launch.run, []
+launch.Launch.run = lambda self: (launches.append(self.kernel), one_launch(self))
+def in_one_graph(functions, repeat=9):
+    launches.clear()
+    functions[0]()
+    return float(len(functions) * len(launches))
+timing.in_one_graph = in_one_graph
 tune_gpu.RUNS = 2
 torch.manual_seed(0)
 weights = [PARTS.weights("cpu")]
@@ -1011,7 +1062,7 @@ type(PARTS).call = lambda self, T, weights, **options: tune_gpu.torch_mxfp8moe.a
 ).check()
 target = BACKEND.target(torch.device("cpu"))
 tile = {{"block_n": 32, "block_k": 32, "num_warps": 4, "num_stages": 2}}
-for activations, part in (("bf16", "gemm2"), ("bf16", "rest"), ("mxfp8", "gemm1")):
+for activations, part in (("bf16", "gemm2"), ("bf16", "base"), ("mxfp8", "gemm1")):
     point = tune_gpu.Measured(PARTS, weights, 9, activations)
     print(point.measure(part, {{"block_m": 16}}, tile, target, 9e9))
 by_route = {{"block_n": 8, "block_k": 128, "num_warps": 1, "num_stages": 1}}
@@ -1027,7 +1078,8 @@ launch.Launch.run = sometimes
 print(point.measure("gemm1", {{"block_m": 16}}, tile, target, 9e9).note)
 """
     *right, slow, wrong = run_python(code, TRITON_INTERPRET="1").splitlines()
-    assert right == ["Result(status='ok', us=2.0, note='')"] * 4 and slow == "slow"
+    by_expert, by_route = (f"Result(status='ok', us={2.0 * launches}, note='')" for launches in (4, 2))
+    assert right == [by_expert] * 3 + [by_route] and slow == "slow"
     assert wrong.startswith("run 2 differs from the first in ")
 
 
@@ -1081,11 +1133,13 @@ def test_a_row_of_a_file_is_compiled(cache, file):
     file.unlink()
     assert list(args.rows) == ["Mine TP4", "GLM-5 TP4"]
     row, one = args.rows["Mine TP4"], tune_gpu.Tuner(args, None, Target("sm_90"), 0)
-    search = one.searches(row)[0]
-    task = one.task(row, [(search, search.start)])
-    assert dict(compile_all([task], jobs=1)) == {task: ""}
-    (launch,) = task.launches()
+    tasks = [one.task(row, [(search, search.start)]) for search in one.searches(row)[:2]]
+    assert [task.part for task in tasks] == [BASE, "gemm1"]
+    assert dict(compile_all(tasks, jobs=2)) == dict.fromkeys(tasks, "")
+    base, (launch,) = (task.launches() for task in tasks)
     assert launch.arguments["w_scale"].shape == (32, 512, 1024 // 32)
+    scales = [each.arguments["w_scale"].shape for each in base if "w_scale" in each.arguments]
+    assert scales == [(32, 512, 1024 // 32), (32, 1024, 256 // 32)]
 
 
 def test_what_was_compiled_is_found_in_the_cache(tmp_path):
@@ -1131,18 +1185,17 @@ def test_which_launches_are_of_a_product(gemm):
 
 
 @pytest.mark.parametrize("kernels", PARTNERS)
-def test_each_launch_is_of_one_part(kernels):
+def test_launches_of_each_part(kernels):
     rule = {"block_m": 1 if kernels == "matvec" else 16, "kernels": kernels}
     gemms = {name: key(tile) for name, tile in PARTNERS[kernels].items()}
     task = Task(rows()["Qwen3-30B-A3B TP1"], (1,), "mxfp8", "sm_90", "", key(rule), **gemms)
     names = lambda part: [one.kernel.__name__ for one in dataclasses.replace(task, part=part).launches()]
-    products, rest = {
-        "gemm": (["grouped_gemm_kernel"] * 2, ["dispatch_kernel", "combine_kernel"]),
-        "hopper": (["warpgroup_gemm_kernel"] * 2, ["dispatch_kernel", "combine_kernel"]),
-        "matvec": (["gate_up_kernel", "down_kernel"], []),
-    }[kernels]
-    assert names("gemm1") + names("gemm2") == products and names(REST) == rest
-    assert bool(rest) == (REST in tuning.parts_of(rule))
+    products = {
+        "gemm": ["grouped_gemm_kernel"] * 2, "hopper": ["warpgroup_gemm_kernel"] * 2,
+        "matvec": ["gate_up_kernel", "down_kernel"],
+    }[kernels]  # fmt: skip
+    assert names("gemm1") + names("gemm2") == products
+    assert names(BASE) == (products if kernels == "matvec" else ["dispatch_kernel", *products, "combine_kernel"])
 
 
 # What it is told

@@ -2,12 +2,12 @@
 """Choose the tiles of the Triton kernels for this GPU and write torch_mxfp8moe/configs/triton/<arch>.json.
 
 For every row of test/shapes.csv, or of a file of your own (--shapes), that is asked for and every token count, for all
-kernels that take its calls and each block_m that may suit it, each of the two products of a layer is tuned by itself:
-from the configured tile, and from what is good for other points, one field is changed at a time as long as that helps.
-The other launches are timed once for each block_m, since not all kernels need them. Candidates are compiled in many
-processes before they are timed. Before a time is believed every element of the layer's output is compared with the
-reference op's, and the bytes of several runs with one another, from memory that was filled with NaN: there are tiles
-that are fast and wrong.
+kernels that take its calls and each block_m that may suit it, the tile of each of the two products of a layer is tuned
+by itself: from the configured tile, and from what is good for other points, one field is changed at a time as long as
+that helps. What is timed is the whole call, the other product having a tile that stays the same. Candidates are
+compiled in many processes before they are timed. Before a time is believed every element of the layer's output is
+compared with the reference op's, and the bytes of several runs with one another, from memory that was filled with NaN:
+there are tiles that are fast and wrong.
 
 Every result goes at once to a file of JSON lines (--journal). A second run picks it up, where the GPU, Triton, the
 kernels' source and a row's name and sizes are the same; a candidate that crashed the process or hung is not tried
@@ -39,9 +39,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from bench import timing, tuning  # noqa: E402
-from bench.compiling import Task, compile_all, is_of, settle_keys  # noqa: E402
+from bench.compiling import Task, compile_all, settle_keys  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
-from bench.tuning import GEMMS, REST, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
+from bench.tuning import GEMMS, BASE, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 from options import add_rows, check_counts, settle_rows  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
@@ -60,6 +60,9 @@ RESTART = 75
 
 MOST_CALLS = 64
 """In a graph."""
+
+SLOW = 1.15
+"""A call's time over that with the best tile, above which one is not looked into; of products alone it is more."""
 
 UNTIL = "MXFP8MOE_TUNE_UNTIL"
 """Set for workers: the time when they end."""
@@ -93,15 +96,14 @@ def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
 
 
 def copies_of(row: Row) -> int:
-    """How many copies of a row's weights take turns, for w2 to be more than the last-level cache holds. A product that
-    is timed alone would find it there otherwise; in a layer, w1 drives it out."""
-    return math.ceil(timing.FLUSH_BYTES / (row.local * row.hidden * row.intermediate))
+    """How many copies of a row's weights take turns, for them to be more than the last-level cache holds."""
+    return math.ceil(timing.FLUSH_BYTES / (3 * row.local * row.hidden * row.intermediate))
 
 
 def calls_of(row: Row, T: int) -> int:
-    """How many calls of T tokens take turns, for what they read of w2 to be more than that too."""
+    """How many calls of T tokens take turns, for what they read of weights to be more than that too."""
     share = 1 - (1 - row.topk / row.experts) ** T  # of the experts, that a call reaches
-    read = share * row.local * row.hidden * row.intermediate
+    read = share * 3 * row.local * row.hidden * row.intermediate
     return max(timing.calls_of(T), min(MOST_CALLS, math.ceil(timing.FLUSH_BYTES / read)))
 
 
@@ -116,8 +118,7 @@ class Measured:
         self.want = torch_mxfp8moe.reference.fused_moe(**call.inputs, **row.options, **options, out_dtype=torch.float32)
 
     def measure(self, part: str, rule: Json, tile: Json, target, slow: float) -> Result:
-        """A time of a part's launches with ``tile``, all others having run before, so that each finds what it reads.
-        Above ``slow`` microseconds it is not checked."""
+        """A time of a call with ``tile`` for a part. Above ``slow`` microseconds it is not checked."""
         from torch_mxfp8moe.backends.triton.fused_moe import plan
         from torch_mxfp8moe.backends.triton.launch import WORKSPACE
 
@@ -127,11 +128,9 @@ class Measured:
             workspaces.append(torch.empty(made.workspace, dtype=torch.uint8, device=call.device))
             memory = call.inputs | {"out": call.out, WORKSPACE: workspaces[-1]}
             bound.append([launch.bound(memory) for launch in made.launches])
-        for launches in bound:
-            for launch in launches:
-                launch.run()
-        ours = [[one for free, one in zip(made.launches, launches) if is_of(free, part)] for launches in bound]
-        functions = [lambda own=own: [launch.run() for launch in own] for own in ours]
+        functions = [lambda launches=launches: [launch.run() for launch in launches] for launches in bound]
+        for call in functions:
+            call()
         us = timing.in_one_graph(functions, 3)
         if us > slow:
             return Result("slow", us)
@@ -139,8 +138,7 @@ class Measured:
         for _ in range(RUNS):
             workspaces[0].fill_(255)
             self.calls[0].out.fill_(torch.nan)
-            for launch in bound[0]:
-                launch.run()
+            functions[0]()
             outs.append(self.calls[0].out.clone())
         wrong = what_is_wrong(outs, self.want)
         return Result("wrong", us, wrong) if wrong else Result("ok", timing.in_one_graph(functions, 9))
@@ -185,8 +183,8 @@ class Tuner:
                 tried = [*map(tuning.rule_json, now), *tuning.rules_to_try(point, kernels, choices)]
                 begin = now or [tiles for tiles in rules if tiles.kernels == kernels][-1:]
                 for rule in map(json.loads, dict.fromkeys(map(key, tried))):
-                    for part in tuning.parts_of(rule):
-                        if part == REST:
+                    for part in tuning.PARTS:
+                        if part == BASE:
                             result.append(Search(point, part, rule, {}, {}))
                             continue
                         starts = [tuning.gemm_json(getattr(tiles, part)) for tiles in begin]
@@ -271,7 +269,7 @@ class Tuner:
 
     def attempt(self, trial: Trial, point: Measured, search: Search, tile: Json) -> Result:
         """Measures; ends the process if the candidate hangs or leaves the GPU unusable."""
-        slow = 1.25 * search.best[1] if search.best else float("inf")
+        slow = SLOW * search.best[1] if search.best else float("inf")
         self.journal.begin(trial)
         watch = threading.Timer(HANG, os._exit, (RESTART,))
         watch.start()

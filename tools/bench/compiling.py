@@ -34,7 +34,7 @@ class Task:
     activations: str
     arch: str
     part: str
-    """gemm1, gemm2 or rest."""
+    """One of ``tuning.PARTS``."""
     rule: str
     gemm1: str
     gemm2: str
@@ -59,17 +59,17 @@ class Task:
 
 
 def is_of(launch, part: str) -> bool:
-    """Whether a plan's launch is of that part of a call: a product's reads its weights, one of the rest reads none."""
-    return label(launch).split()[1:] == {"gemm1": ["w1"], "gemm2": ["w2"], tuning.REST: []}[part]
+    """Whether a plan's launch is of that part of a call: a product's reads its weights; the base is all of it."""
+    return part == tuning.BASE or label(launch).split()[1:] == [{"gemm1": "w1", "gemm2": "w2"}[part]]
 
 
 def settle_keys() -> None:
     """To be called before any kernel is used, here and in the processes that compile: Triton's key of a kernel in its
     cache may depend on which others were met before that call the same functions (seen in 3.6), so all are met here, in
     one order."""
-    from torch_mxfp8moe.backends.triton import gemm, matvec, memory, numerics, quantize, routing
+    from torch_mxfp8moe.backends.triton import gemm, matvec, memory, numerics, overlap, quantize, routing
 
-    modules = [numerics, memory, routing, gemm, matvec, quantize]
+    modules = [numerics, memory, overlap, routing, gemm, matvec, quantize]
     with suppress(ImportError):  # as in fused_moe
         from torch_mxfp8moe.backends.triton import hopper
 

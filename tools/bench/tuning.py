@@ -5,8 +5,10 @@ A tile is held as what a tile file holds of it: a ``rule`` (what both products s
 the space that is searched, nowhere here. A rule also says which ``kernels`` it is for (``configs.Tiles.kernels``; not
 said: "gemm"), which in files its other fields tell.
 
-A call has three parts with times of their own: both products, and the ``rest``, which sorts and combines and for which
-nothing but the rule counts. "matvec" has no rest, its products do all: products alone would not compare.
+What is measured is always a whole call, since its launches overlap and find in L2 what others left. Under a rule each
+product's tile is tuned by itself, beside a tile of the other one that is always the same (``PARTNERS``). ``base`` is
+the call with partners for both. What a tile adds to it or takes from it is counted as if it did so beside any other,
+which is not quite so: beside a slow partner more of it is hidden.
 """
 
 import hashlib
@@ -22,7 +24,10 @@ from torch_mxfp8moe import configs
 from torch_mxfp8moe.configs import Config, Gemm, Tiles
 
 GEMMS = ("gemm1", "gemm2")
-REST = "rest"
+BASE = "base"
+PARTS = (BASE, *GEMMS)
+"""Of a call, what has a time of its own."""
+
 LIMIT = "rows_per_expert"
 Json = dict[str, object]
 
@@ -138,11 +143,6 @@ def kernels_of(rule: Json) -> str:
     return rule.get("kernels", "gemm")
 
 
-def parts_of(rule: Json) -> tuple[str, ...]:
-    """What of a call has a time of its own."""
-    return GEMMS if kernels_of(rule) == "matvec" else (*GEMMS, REST)
-
-
 def file_rule(limit: float | None, rule: Json, gemm1: Json, gemm2: Json) -> Json:
     """A rule as files hold it."""
     shared = {name: value for name, value in rule.items() if name != "kernels"}
@@ -175,7 +175,7 @@ def fits(part: str, rule: Json, tile: Json) -> bool:
     """Whether there is room for what the tile holds, as far as that is known without compiling. Of "hopper", of whose
     fields not all go together: and whether configs takes it."""
     kernels = kernels_of(rule)
-    if part == REST:
+    if part == BASE:
         return True
     if kernels == "hopper":
         if not taken(rule, with_partner(part, rule, tile)):
@@ -198,7 +198,7 @@ def can_run(part: str, rule: Json, tile: Json, shape: Sequence[int]) -> bool:
     """Whether there is room for a tile, and weights of ``shape`` have a stage for each of its turns."""
     if not fits(part, rule, tile):
         return False
-    if part == REST or kernels_of(rule) != "hopper":
+    if part == BASE or kernels_of(rule) != "hopper":
         return True
     at = GEMMS.index(part)
     return shape[at] > tiles_of(rule, **with_partner(part, rule, tile)).more_than[at]
@@ -239,10 +239,10 @@ class Trial:
 
     point: Point
     part: str
-    """gemm1, gemm2 or rest."""
+    """One of PARTS."""
     rule: str
     tile: str
-    """Keys; the rest has an empty tile."""
+    """Keys; the base has an empty tile."""
 
     @property
     def kernels(self) -> str:
@@ -430,15 +430,14 @@ class Tile:
     def kernels(self) -> str:
         return kernels_of(json.loads(self.rule))
 
-    @cached_property
+    @property
     def parts(self) -> dict[str, str]:
         """The key of each part's tile."""
-        keys = {"gemm1": self.gemm1, "gemm2": self.gemm2, REST: key({})}
-        return {part: keys[part] for part in parts_of(json.loads(self.rule))}
+        return {"gemm1": self.gemm1, "gemm2": self.gemm2, BASE: key({})}
 
 
 class Table:
-    """What was measured of points: the time of a tile is that of all parts."""
+    """What was measured of points: the time of a tile is the base's, and what each product's tile changes of it."""
 
     def __init__(self, results: dict[Trial, Result], kernels: Sequence[str] = CALLS[0]):
         self.kernels = kernels
@@ -454,8 +453,11 @@ class Table:
 
     def us(self, point: Point, tile: Tile) -> float | None:
         measured = self.times[point]
-        times = [measured.get((tile.rule, part), {}).get(name) for part, name in tile.parts.items()]
-        return None if None in times else sum(times)
+        times = {part: measured.get((tile.rule, part), {}).get(name) for part, name in tile.parts.items()}
+        if None in times.values():
+            return None
+        us = times["gemm1"] + times["gemm2"] - times[BASE]
+        return us if us > 0 else None  # times that contradict each other
 
     def best(self, point: Point, within: float = 0.0) -> list[Tile]:
         """The tiles of each rule whose products are its fastest there, the fastest first; with ``within`` those alone
