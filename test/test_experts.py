@@ -586,7 +586,7 @@ def test_what_a_failed_update_leaves():
         lambda: module.update_weights(**half, experts=[0, 0]),
         lambda: module.update_weights(**half, experts=[0]),
         lambda: module.update_weights(**half, experts=[0.5, 1.5]),
-        lambda: module.update_weights(**half, experts=torch.tensor([0.0, 1.0])),
+        lambda: module.update_weights(**half, experts=torch.tensor([0.0, 1.0], device="cpu")),
         lambda: module.update_weights(fresh["w1"], fresh["w2"]),
         lambda: module.update_weights(w1_scale=fresh["w1_scale"]),
         lambda: module.update_weights(**fresh | dict(w2_scale=fresh["w2_scale"].int())),
