@@ -11,7 +11,8 @@ The peers, all in this process, taking turns: mxfp8 and bf16, fused_moe with act
 the package humming-kernels is installed (bf16 activations; the sorting, SwiGLU and sum around its two products are
 tools/bench/glue.py, and its products are timed alone as well); grouped_mm, torch.nn.functional.grouped_mm on bf16
 weights in plain PyTorch; dot_scaled, our launches with the scaling left to tl.dot_scaled. A time is that of a replay of
-a CUDA graph of one call, L2 flushed before it; routings and experts rotate. Steps are timed in one graph of many calls.
+a CUDA graph of one call, L2 flushed before it; routings and experts rotate. Each step is timed alone, in one graph of
+many; together they may take longer than the call, in which they overlap.
 
 Exit status: 1 if a point of ours is below 0.98 of Humming's speed (or if there is no GPU), 2 if a peer that was asked
 for by name could not be measured, 3 if an error ended the run, which then reports what it has.
