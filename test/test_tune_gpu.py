@@ -770,7 +770,7 @@ def test_a_file_is_made_of_a_journal_without_a_gpu(tmp_path, monkeypatch, capsys
     for name, row in rows().items():
         shape = (row.hidden, row.intermediate, row.experts, row.topk)
         for T in (1, 4096):
-            for part in (*GEMMS, BASE):
+            for part in tuning.PARTS:
                 for block_m in (16, 128):
                     us = 10.0 if (block_m == 16) == (T == 1) else 20.0
                     journal.finish(trial(T, part, block_m, shape=shape, row=name), Result("ok", us))
@@ -800,7 +800,7 @@ def test_rows_of_a_file_leave_the_rules_of_others(tmp_path, monkeypatch, default
     """Also where the journal has rows of all the names of test/shapes.csv, in other sizes. Replaced if that is said."""
     path, out = tmp_path / "j.jsonl", tmp_path / "sm_90.json"
     journal = Journal(path, {"gpu": "X"})
-    for name, part, T in itertools.product(rows(), (*GEMMS, BASE), (1, 64)):
+    for name, part, T in itertools.product(rows(), tuning.PARTS, (1, 64)):
         journal.finish(trial(T, part, shape=(1024, 256, 32, 4), row=name), Result("ok", 10.0))
     old = json.loads((configs.FOLDER / "triton" / "sm_90.json").read_text())
     other = dict(zip(tuning.SIZES, (96, 32, 4, 2))) | {"tiles": [tile(16, 4).json(None)]}

@@ -41,7 +41,7 @@ import torch_mxfp8moe  # noqa: E402
 from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all, settle_keys  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
-from bench.tuning import GEMMS, BASE, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
+from bench.tuning import BASE, GEMMS, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
 from options import add_rows, check_counts, settle_rows  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
@@ -95,16 +95,20 @@ def what_is_wrong(outs: list[torch.Tensor], want: torch.Tensor) -> str:
     return ""
 
 
+def weight_bytes(row: Row) -> int:
+    """Of a row's w1 and w2."""
+    return 3 * row.local * row.hidden * row.intermediate
+
+
 def copies_of(row: Row) -> int:
     """How many copies of a row's weights take turns, for them to be more than the last-level cache holds."""
-    return math.ceil(timing.FLUSH_BYTES / (3 * row.local * row.hidden * row.intermediate))
+    return math.ceil(timing.FLUSH_BYTES / weight_bytes(row))
 
 
 def calls_of(row: Row, T: int) -> int:
     """How many calls of T tokens take turns, for what they read of weights to be more than that too."""
     share = 1 - (1 - row.topk / row.experts) ** T  # of the experts, that a call reaches
-    read = share * 3 * row.local * row.hidden * row.intermediate
-    return max(timing.calls_of(T), min(MOST_CALLS, math.ceil(timing.FLUSH_BYTES / read)))
+    return max(timing.calls_of(T), min(MOST_CALLS, math.ceil(timing.FLUSH_BYTES / (share * weight_bytes(row)))))
 
 
 class Measured:

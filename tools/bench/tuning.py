@@ -430,7 +430,7 @@ class Tile:
     def kernels(self) -> str:
         return kernels_of(json.loads(self.rule))
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, str]:
         """The key of each part's tile."""
         return {"gemm1": self.gemm1, "gemm2": self.gemm2, BASE: key({})}
