@@ -8,6 +8,8 @@ from torch_mxfp8moe import reference
 
 SIZES = (
     dict(T=1, H=96, I=32, E=3, K=2),
+    dict(T=3, H=352, I=160, E=64, K=2, bias_dtype=torch.float16),
+    dict(T=2, H=288, I=320, E=40, K=1, scaled=True),
     dict(T=7, H=160, I=96, E=5, K=3, G=9, bias_dtype=torch.float32),
     dict(T=33, H=288, I=192, E=9, K=4, scaled=True),
     dict(T=130, H=96, I=160, E=4, K=1, id_dtype=torch.int64, weight_dtype=torch.bfloat16),

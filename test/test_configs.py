@@ -34,7 +34,7 @@ def test_a_shipped_file_obeys_the_rules(path):
         for tiles in rules:
             for gemm in (tiles.gemm1, tiles.gemm2):
                 # With less, no matrix unit takes whole blocks: bf16 instructions instead.
-                assert gemm.num_warps >= 4 or tiles.kernels == "matvec"
+                assert gemm.num_warps >= 4 or tiles.block_m == 1
                 assert set(gemm.options) <= {"waves_per_eu", "matrix_instr_nonkdim", "kpack", "maxnreg", "num_ctas"}
 
 
@@ -179,6 +179,31 @@ def test_rules_that_do_not_serve_everything():
         wrong(lambda data: data["shapes"][0]["tiles"].clear()),
         """file.json, shape (64, 32, 4, 2): there is no rule; it takes one or more""",
     )
+
+
+def test_rules_for_the_matrix_unit_that_do_not_fit():
+    def said(block_m=1, both=True, **others):
+        up, down = (dict(block_n=n, block_k=1024, num_warps=4, num_stages=1, mma=True) for n in (8, 16))
+        rule = dict(
+            rows_per_expert=1, block_m=block_m, gemm1=up | others, gemm2=down if both else down | {"mma": False}
+        )
+        return wrong(lambda data: data.update(tiles=[rule, LAST]))
+
+    assert_expected_inline(
+        said(block_n=16),
+        """\
+file.json, rule 0, gemm1: num_warps, block_n and block_k are (4, 16, 1024); with mma it takes (4, 8, 1024)""",
+    )
+    assert_expected_inline(
+        said(num_warps=8),
+        """\
+file.json, rule 0, gemm1: num_warps, block_n and block_k are (8, 8, 1024); with mma it takes (8, 8, 2048)""",
+    )
+    assert_expected_inline(said(mma=1), """file.json, rule 0, gemm1: mma is 1; true takes block_m 1""")
+    assert_expected_inline(
+        said(block_m=16, block_n=32, block_k=128), """file.json, rule 0, gemm1: mma is True; true takes block_m 1"""
+    )
+    assert_expected_inline(said(both=False), """file.json, rule 0: with mma in one gemm it is in both""")
 
 
 def test_rules_with_programs_that_do_not_fit():

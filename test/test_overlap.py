@@ -20,6 +20,8 @@ WAIT, NEXT = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 
 CALLS = {
     "route by route": dict(shape=M3, T=1),
+    "route by route, local ones": dict(shape=M3, T=1, G=512, bias=True, scaled=True),
+    "route by route on the vector units": dict(shape=M3, K=40, T=1),
     "few routes": dict(shape=M3, T=16),
     "one routing kernel": dict(shape=M3, T=150),
     "rounding beside routes": dict(shape=M3, T=300),
@@ -48,8 +50,9 @@ def kernels(name: str) -> list[tuple]:
 def test_the_calls_have_all_kernels():
     found = {launch.kernel.__name__ for name in CALLS for launch in launches(name)}
     assert found == {
-        "gate_up_kernel", "down_kernel", "route_kernel", "dispatch_kernel", "route_round_kernel", "count_round_kernel",
-        "count_kernel", "sum_kernel", "place_kernel", "warpgroup_gemm_kernel", "grouped_gemm_kernel", "combine_kernel",
+        "gate_up_kernel", "down_kernel", "gate_up_mma_kernel", "down_mma_kernel", "route_kernel", "dispatch_kernel",
+        "route_round_kernel", "count_round_kernel", "count_kernel", "sum_kernel", "place_kernel",
+        "warpgroup_gemm_kernel", "grouped_gemm_kernel", "combine_kernel",
     }  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def test_nothing_is_written_and_no_program_ends_before_it_waits(name):
         if which != "warpgroup_gemm_kernel":  # of which one warp waits, and tells the others
             assert not re.search(WRITES, before), f"{which}: {re.search(WRITES, before)}"
             assert not re.search(r"^ret;", before, re.M), which
-        assert ptx.count(NEXT) == (which not in ("down_kernel", "combine_kernel")), which
+        assert ptx.count(NEXT) == (which not in ("down_kernel", "down_mma_kernel", "combine_kernel")), which
 
 
 GIVEN = {
@@ -186,13 +189,13 @@ def test_what_the_launch_before_writes_is_read_after_the_wait(name):
     """By the order of Triton's own code, before it is compiled: no loads move over an instruction that may write."""
     for launch, kernel in kernels(name):
         which, up = launch.kernel.__name__, launch.arguments.get("GATE_UP")
-        early, late = before_the_wait(kernel.asm["ttgir" if which == "warpgroup_gemm_kernel" else "ttir"])
+        early, late = before_the_wait(kernel.asm["ttir" if "ttir" in kernel.asm else "ttgir"])  # Gluon has no ttir
         own = GIVEN - {"x"} if up is not None else GIVEN  # a product's x was written by another launch
         assert late - own or not launch.dependent, which
         if which == "warpgroup_gemm_kernel" and not up:
             # Which tiles there are was written before the first product, which has waited for that.
             own = own | {"tiles", "offsets"}
             assert "w" in early and "x" in late
-        if which == "down_kernel":
+        if which in ("down_kernel", "down_mma_kernel"):
             assert "w" in early and "inner" in late
         assert early <= own, f"{which} reads {early - own} before it waits"

@@ -6,6 +6,7 @@ layouts). ``tools/check_triton.py`` runs it with other versions of Triton.
 """
 
 import os
+import re
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -36,6 +37,7 @@ from torch_mxfp8moe.backends.triton.gemm import grouped_gemm_kernel  # noqa: E40
 from torch_mxfp8moe.backends.triton.hopper import warpgroup_gemm_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.launch import compile_offline  # noqa: E402
 from torch_mxfp8moe.backends.triton.matvec import down_kernel, gate_up_kernel  # noqa: E402
+from torch_mxfp8moe.backends.triton.matvec_mma import down_mma_kernel, gate_up_mma_kernel  # noqa: E402
 from torch_mxfp8moe.backends.triton.routing import (  # noqa: E402
     combine_kernel, count_kernel, count_round_kernel, dispatch_kernel, place_kernel, route_kernel, route_round_kernel,
     sum_kernel,
@@ -87,6 +89,7 @@ GEMMS = ("gemm1", "gemm2")
 KERNELS = {
     "gemm": [route_kernel, dispatch_kernel, grouped_gemm_kernel, grouped_gemm_kernel, combine_kernel],
     "hopper": [route_kernel, dispatch_kernel, warpgroup_gemm_kernel, warpgroup_gemm_kernel, combine_kernel],
+    "mma": [gate_up_mma_kernel, down_mma_kernel],
     "matvec": [gate_up_kernel, down_kernel],
 }
 """Of a layer, by what ``Tiles.kernels`` names."""
@@ -151,9 +154,23 @@ def compiled(launches: list, arch: str, record, stack: int = 0) -> list[machine_
             sass.check_told_in_order(kernel.asm["ptx"])
             programs = (1 << 16) // (launch.options["maxnreg"] * 32 * code.warps)
             assert programs * code.shared <= machine_code.SHARED[arch], f"{programs} do not fit: {code.summary}"
+        elif launch.kernel in (gate_up_mma_kernel, down_mma_kernel):
+            # With as many registers as for two programs of 8 warps, w2's may keep some of a loop's own words in memory.
+            machine_code.check(code, 40 if "maxnreg" in launch.options else 0)
+            check_route_by_route(kernel.asm["ptx"], launch)
         else:  # down_kernel may keep a word or two, stored before its loop, for after it
             machine_code.check(code, 16 if launch.kernel is down_kernel else 0)
     return codes
+
+
+def check_route_by_route(ptx: str, launch) -> None:
+    """Of :mod:`.matvec_mma`: two chunks take 32 products. A lane reads 16 codes at once, 8 times for each, and 16 bytes
+    of activations; and scale bytes in pairs: as bytes that the loop carries on they would be put into one register,
+    which waits for them."""
+    assert ptx.count("mma.sync") == 32
+    assert ptx.count("ld.global.v4.b32") >= 2 * (8 + 1)
+    if launch.kernel is down_mma_kernel and launch.arguments["N"] % 64 == 0:
+        assert "ld.global.b16" in ptx and not re.search(r"ld\.global\S*\.b8", ptx)
 
 
 def chosen(call: FusedMoe, arch: str, tiles: Tiles) -> bool:
@@ -296,7 +313,7 @@ def test_routing_of_all_dtypes(arch, shape, record_property):
     for x_dtype, activation_dtype in product((*FLOATS, E4M3), ("mxfp8", "bf16")):
         x = dict(scaled=True) if x_dtype is E4M3 else dict(x_dtype=x_dtype)
         for tiles in configs.load(arch, activation_dtype).tiles:
-            if tiles.kernels == "matvec":
+            if tiles.block_m == 1:
                 continue
             for T in (8, 1024):
                 layer = launches(moe(**SHAPES[shape], T=T, activation_dtype=activation_dtype, **x), arch, tiles)

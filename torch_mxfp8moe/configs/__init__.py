@@ -13,8 +13,9 @@ Of the rules of a shape, if it is listed, and then those of ``tiles``, the first
 experts is at most ``rows_per_expert`` (experts: the global ones under an expert map), or that has one token, if it
 serves each route by itself; the last rule has null there and serves the rest. Rules of kernels that do not take every
 call are passed over by those that they do not take (:func:`..backends.triton.fused_moe.admits`): rules whose GEMMs have
-``programs`` (sm_90; H is a multiple of 64), and rules with block_m 1, in which each route is served by itself
-(:mod:`..backends.triton.matvec`; num_stages is 1). The choice depends on shapes and dtypes only, never on where tokens
+``programs`` (sm_90; H is a multiple of 64), and rules with block_m 1, in which each route is served by itself, with
+``mma`` in both GEMMs on the matrix unit (sm_90; :mod:`..backends.triton.matvec_mma`) and else on the vector units
+(:mod:`..backends.triton.matvec`); num_stages is 1. The choice depends on shapes and dtypes only, never on where tokens
 are routed. Keys that GEMM has beyond those of :class:`Gemm` are handed to Triton's compiler as options.
 ``tools/tune_gpu.py`` writes these files.
 """
@@ -53,6 +54,9 @@ class Gemm:
     turns: int = 1
     """2: of the warp-specialized kernel, in which two groups of 4 warps take a tile's stages in turns. There are two or
     more, num_stages is even, and block_m at most MOST_IN_TURNS."""
+    mma: bool = False
+    """Of routes that are served by themselves (block_m 1): on the matrix unit. block_n is 8 (w1) or 16 (w2), and
+    block_k 256 for each warp."""
     options: dict = field(default_factory=dict, hash=False)
 
     @property
@@ -76,8 +80,10 @@ class Tiles:
 
     @property
     def kernels(self) -> str:
-        """Which ones they are for: "matvec", "hopper", or those for every call, "gemm"."""
-        return "matvec" if self.block_m == 1 else "hopper" if self.gemm1.programs else "gemm"
+        """Which ones they are for: "mma", "matvec", "hopper", or those for every call, "gemm"."""
+        if self.block_m == 1:
+            return "mma" if self.gemm1.mma else "matvec"
+        return "hopper" if self.gemm1.programs else "gemm"
 
     def serves(self, tokens: int, topk: int, experts: int) -> bool:
         """Whether the rule is for calls of that many. A token's experts are all different: alone it shares no weights,
@@ -121,6 +127,7 @@ def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
         descriptors=data.pop("descriptors", False),
         programs=data.pop("programs", 0),
         turns=data.pop("turns", 1),
+        mma=data.pop("mma", False),
         options=data,
     )
     most = 1 if by_route else 8
@@ -142,6 +149,12 @@ def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
         raise ValueError(f"{where}: turns is {tile.turns!r}; it takes 1 or 2")
     if tile.turns == 2 and not (tile.programs and tile.num_warps == 4 and tile.num_stages % 2 == 0):
         raise ValueError(f"{where}: turns is 2; with it programs is not 0, num_warps is 4 and num_stages even")
+    if not isinstance(tile.mma, bool) or tile.mma and not by_route:
+        raise ValueError(f"{where}: mma is {tile.mma!r}; true takes block_m 1")
+    sizes = tile.num_warps, tile.block_n, tile.block_k
+    if tile.mma and sizes[1:] != (rows_a_warp // 2, 256 * tile.num_warps):
+        takes = tile.num_warps, rows_a_warp // 2, 256 * tile.num_warps
+        raise ValueError(f"{where}: num_warps, block_n and block_k are {sizes}; with mma it takes {takes}")
     return tile
 
 
@@ -157,6 +170,8 @@ def rule(where: str, data: dict) -> Tiles:
     gemm2 = _gemm(f"{where}, gemm2", data["gemm2"], 32, block_m)
     if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 8 <= block_m <= 128:
         raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 8 to 128")
+    if gemm1.mma != gemm2.mma:
+        raise ValueError(f"{where}: with mma in one gemm it is in both")
     gather = data.get("gather", False)
     if type(gather) is not bool or gather and not (gemm1.programs and gemm1.turns == 1):
         raise ValueError(f"{where}: gather is {gather!r}; true takes programs, and 1 turn in gemm1")

@@ -140,35 +140,41 @@ class _Part:
 
 
 class _RouteByRoute(_Part):
-    """With the kernels of :mod:`.matvec`."""
+    """With the kernels of :mod:`.matvec`, or of :mod:`.matvec_mma`."""
 
     def launches(self) -> list[Launch]:
         call, up, down = self.call, self.tiles.gemm1, self.tiles.gemm2
         assert call.out is not None
         inner = self._scratch(torch.float32, self.routes, call.intermediate)
         common = self._routing() | dict(
-            inner=inner, H=call.hidden, N=call.intermediate, MXFP8=call.activation_dtype == "mxfp8",
-            NATIVE_E4M3=self.target.native_e4m3,
-        )  # fmt: skip
+            inner=inner, H=call.hidden, N=call.intermediate, MXFP8=call.activation_dtype == "mxfp8"
+        )
         return [
-            Launch(
-                gate_up_kernel,
-                (self.routes * triton.cdiv(call.intermediate, up.block_n),),
+            self._product(
+                up, gate_up_kernel, self.routes, call.intermediate,
                 common | self._hidden_states() | self._weights("w1") | self._swiglu()
-                | self._weight(self.weight_on_input) | dict(BLOCK_N=up.block_n, BLOCK_K=up.block_k),
-                dict(num_warps=up.num_warps, num_stages=up.num_stages, **up.options),
+                | self._weight(self.weight_on_input),
             ),
-            Launch(
-                down_kernel,
-                (self.tokens * triton.cdiv(call.hidden, down.block_n),),
+            self._product(
+                down, down_kernel, self.tokens, call.hidden,
                 common | self._weights("w2") | self._weight(True)
                 | dict(
                     out=self._given("out", by_token=True), out_stride=call.out.stride(0),
-                    WEIGHTED=not self.weight_on_input, BLOCK_N=down.block_n, BLOCK_K=down.block_k,
+                    WEIGHTED=not self.weight_on_input,
                 ),
-                dict(num_warps=down.num_warps, num_stages=down.num_stages, **down.options),
             ),
         ]  # fmt: skip
+
+    def _product(self, tile: Gemm, kernel, count: int, columns: int, arguments: dict) -> Launch:
+        """``count`` times so many columns, by a kernel of :mod:`.matvec` or its counterpart on the matrix unit."""
+        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.options)
+        if tile.mma:
+            from .matvec_mma import down_mma_kernel, gate_up_mma_kernel
+
+            kernel = gate_up_mma_kernel if kernel is gate_up_kernel else down_mma_kernel
+        else:
+            arguments |= dict(NATIVE_E4M3=self.target.native_e4m3, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k)
+        return Launch(kernel, (count * triton.cdiv(columns, tile.block_n),), arguments, options)
 
 
 class _Sorted(_Part):
@@ -414,18 +420,25 @@ class _Sorted(_Part):
 def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
     """Whether the kernels that ``tiles`` are for take the call.
 
-    Those of :mod:`.matvec` read words of codes, :mod:`.hopper` copies of 16 bytes and whole steps of hidden states.
+    Those of :mod:`.matvec` read words of codes, :mod:`.matvec_mma` pairs of scale bytes as well, :mod:`.hopper` copies
+    of 16 bytes and whole steps of hidden states.
     """
     if tiles.kernels == "gemm":
         return True
-    tensors = (call.w1, call.w2) + ((call.w1_scale, call.w2_scale) if tiles.kernels == "hopper" else ())
+    tensors = (call.w1, call.w2) + (() if tiles.kernels == "matvec" else (call.w1_scale, call.w2_scale))
     if call.layout != "row_major" or any(tensor.data_ptr() % 16 for tensor in tensors):
         return False
     if tiles.kernels == "matvec":
         return True
+    if target.capability != 90:
+        return False
+    if tiles.kernels == "mma":
+        from .matvec_mma import MOST_ROUTES
+
+        return call.topk <= MOST_ROUTES
     if call.hidden <= tiles.gemm1.more_than or call.intermediate <= tiles.gemm2.more_than:
         return False
-    return target.capability == 90 and call.hidden % 64 == 0
+    return call.hidden % 64 == 0
 
 
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
@@ -439,7 +452,7 @@ def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)
     step = max(1, LARGEST_WORKSPACE // token_bytes)
-    kind = _RouteByRoute if tiles.kernels == "matvec" else _Sorted
+    kind = _RouteByRoute if tiles.block_m == 1 else _Sorted
     parts = [kind(call, target, tiles, first, min(step, call.tokens - first)) for first in range(0, call.tokens, step)]
     launches = [launch for part in parts for launch in part.overlapping()]
     return Plan(launches, max((part.workspace for part in parts), default=0))
