@@ -285,10 +285,10 @@ class Fake:
     @staticmethod
     def us(T, rule, gemms):
         kernels = tuning.kernels_of(rule)
-        us = 0.0 if kernels == "matvec" else 5.0  # of launches that sort and combine
+        us = 0.0 if kernels in ("mma", "matvec") else 5.0  # of launches that sort and combine
         for tile in gemms:
             us += 10.0 + abs(math.log2(tile["block_n"] / 128)) + tile["num_stages"] / 8 + rule["block_m"] / 64
-            us += {"hopper": 2.0 if T == 16 else -2.0, "gemm": 0.0, "matvec": -2.0}[kernels]
+            us += {"hopper": 2.0 if T == 16 else -2.0, "gemm": 0.0, "mma": -1.0, "matvec": -2.0}[kernels]
         return us
 
     def __init__(self, row, weights, T, activations, layout):
@@ -352,8 +352,8 @@ def tuner(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arch, sizes, options, kernels",
     [
-        ("sm_90", {}, (), ["gemm", "hopper", "matvec"]),
-        ("sm_90", {"hidden": 2080}, (), ["gemm", "matvec"]),
+        ("sm_90", {}, (), ["gemm", "hopper", "mma", "matvec"]),
+        ("sm_90", {"hidden": 2080}, (), ["gemm", "mma", "matvec"]),
         ("sm_90", {}, ("--layout", "aiter_gfx950"), ["gemm"]),
         ("sm_100", {}, (), ["gemm", "matvec"]),
         ("gfx950", {}, ("--activations", "bf16"), ["gemm", "matvec"]),
@@ -365,7 +365,7 @@ def test_which_kernels_are_tuned(tmp_path, arch, sizes, options, kernels):
     searches = one.searches(row)
     assert one.admitted(row) == kernels
     of = lambda T: {tuning.kernels_of(search.rule) for search in searches if search.point.T == T}
-    assert of(4) == set(kernels) and of(4096) == set(kernels) - {"matvec"}
+    assert of(4) == set(kernels) and of(4096) == set(kernels) - {"mma", "matvec"}
     for search in searches:
         assert tuning.fits(search.part, search.rule, search.start)
         tuning.tiles_of(search.rule, **tuning.with_partner(search.part, search.rule, search.start))
@@ -416,7 +416,7 @@ def test_a_search_begins_at_what_is_configured(tmp_path):
 def test_a_row_is_tuned_and_a_second_run_measures_nothing(tuner, capsys):
     one, row, searches, compiled = tuner()
     one.tune(row, searches, [], time.time() + 100)
-    assert {tuning.kernels_of(search.rule) for search in searches} == {"gemm", "hopper", "matvec"}
+    assert {tuning.kernels_of(search.rule) for search in searches} == {"gemm", "hopper", "mma", "matvec"}
     for search in searches:
         best, us = search.best
         kernels = tuning.kernels_of(search.rule)
@@ -428,6 +428,10 @@ def test_a_row_is_tuned_and_a_second_run_measures_nothing(tuner, capsys):
             assert best == {"block_n": 128, "block_k": best["block_k"], "num_warps": 4, "num_stages": 2}
         elif kernels == "matvec":
             assert search.point.T == 16 and best["block_n"] >= 32 and best["num_stages"] == 1
+        elif kernels == "mma":
+            assert search.point.T == 16 and best["block_n"] == {"gemm1": 8, "gemm2": 16}[search.part]
+            tried = {tile["num_warps"] for tile in map(json.loads, search.times)}
+            assert tried == {1, 2, 4, 8, 16} and {"maxnreg" in name for name in search.times} == {False, True}
         else:
             wide = {"gemm1": 64, "gemm2": 128}[search.part]
             assert (best["block_n"], best["num_stages"], best["num_warps"]) == (wide, 2, 4)
@@ -782,7 +786,7 @@ def test_a_file_is_made_of_a_journal_without_a_gpu(tmp_path, monkeypatch, capsys
     assert [rule["block_m"] for rule in data["tiles"]] == [16, 128] and "shapes" not in data
     said = capsys.readouterr().out
     assert "2 default rules (new), 0 shapes" in said and "calls take 1.000 of the best" in said
-    assert "results: 180 ok" in said and "rules of hopper, matvec were there and are gone" in said
+    assert "results: 180 ok" in said and "rules of hopper, matvec, mma were there and are gone" in said
 
     short = tmp_path / "short.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -1206,7 +1210,7 @@ def test_launches_of_each_part(kernels):
     [
         (["--tokens", "0"], "--tokens takes numbers from 1 on, not 0"),
         (["--within", "0"], "--within is 0; it takes more than 0 and less than 100 percent"),
-        (["--space", '{"gem": {}}'], "--space: a space has 'gem'; it takes gemm, hopper, matvec"),
+        (["--space", '{"gem": {}}'], "--space: a space has 'gem'; it takes gemm, hopper, mma, matvec"),
         (["--space", "{"], "argument --space: invalid"),
         (["--write"], "--write needs --out"),
         (["--write", "--out", "x", "--journal", "/nowhere/j"], "--write: there is no journal /nowhere/j"),

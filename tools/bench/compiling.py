@@ -71,9 +71,9 @@ def settle_keys() -> None:
 
     modules = [numerics, memory, overlap, routing, gemm, matvec, quantize]
     with suppress(ImportError):  # as in fused_moe
-        from torch_mxfp8moe.backends.triton import hopper
+        from torch_mxfp8moe.backends.triton import hopper, matvec_mma
 
-        modules.append(hopper)
+        modules += [hopper, matvec_mma]
     for module in modules:
         for value in vars(module).values():
             getattr(value, "cache_key", None)

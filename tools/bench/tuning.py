@@ -31,7 +31,7 @@ PARTS = (BASE, *GEMMS)
 LIMIT = "rows_per_expert"
 Json = dict[str, object]
 
-CALLS = (("hopper", "matvec", "gemm"), ("matvec", "gemm"), ("gemm",))
+CALLS = (("hopper", "mma", "matvec", "gemm"), ("matvec", "gemm"), ("gemm",))
 """The kernels that calls are admitted to: there are calls of each of these, and no others (``fused_moe.admits``)."""
 
 MATVEC_ROWS = 1
@@ -48,6 +48,12 @@ _MATVEC = {
         "block_n": (2, 4, 8, 16, 32, 64), "block_k": (128, 256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8),
     },
 }  # fmt: skip
+
+
+def _mma(block_n: int) -> dict:
+    widths = [{"block_n": block_n, "block_k": 256 * warps, "num_warps": warps} for warps in (1, 2, 4, 8, 16)]
+    return {"mma": (True,), "width": tuple(widths)}
+
 
 SPACES = {
     "sm_": {
@@ -66,6 +72,7 @@ SPACES = {
             "gemm1": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 32), (4, 64), (8, 128)))},
             "gemm2": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 64), (4, 128), (8, 256)))},
         },
+        "mma": {"rule": {"block_m": (1,)}, "both": {"maxnreg": (0, 128)}, "gemm1": _mma(8), "gemm2": _mma(16)},
         "matvec": _MATVEC,
     },
     "gfx": {
@@ -87,8 +94,10 @@ _HOPPER = {"block_k": 64, "num_warps": 4, "num_stages": 4, "programs": 2}
 PARTNERS: dict[str, dict[str, Json]] = {
     "gemm": dict.fromkeys(GEMMS, {"block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}),
     "hopper": {"gemm1": {"block_n": 64, **_HOPPER}, "gemm2": {"block_n": 128, **_HOPPER}},
+    "mma": {part: {"mma": True, "block_n": n, "block_k": 1024, "num_warps": 4, "num_stages": 1}
+            for part, n in zip(GEMMS, (8, 16))},
     "matvec": dict.fromkeys(GEMMS, {"block_n": 16, "block_k": 512, "num_warps": 4, "num_stages": 1}),
-}
+}  # fmt: skip
 """The tile of a product that is not being tuned, under any rule; where a search begins if nothing is configured."""
 
 
@@ -117,7 +126,7 @@ def changed(tile: Json, name: str, value: object) -> Json:
 
 
 _DEFAULTS = {f.name: f.default for kind in (Tiles, Gemm) for f in fields(kind) if f.default is not MISSING} | {
-    "matrix_instr_nonkdim": 0, "waves_per_eu": 0, "kernels": "gemm",
+    "matrix_instr_nonkdim": 0, "waves_per_eu": 0, "maxnreg": 0, "kernels": "gemm",
 }  # fmt: skip
 """Of fields, and of compiler options: 0 leaves the choice to the compiler."""
 
@@ -392,10 +401,10 @@ def rules_of_space(kernels: str, space: dict[str, tuple]) -> list[Json]:
 
 def rules_to_try(point: Point, kernels: str, choices: Sequence[Json], width: float = 4.0) -> list[Json]:
     """Those of ``choices`` whose block_m is not far from the rows that an expert gets: at most ``width`` times as many,
-    not less than a ``width``-th, and the nearest one in any case. "matvec", which has no tiles of rows: if there are
-    few. Of those that have room."""
+    not less than a ``width``-th, and the nearest one in any case. "mma" and "matvec", which have no tiles of rows: if
+    there are few. Of those that have room."""
     choices = [rule for rule in choices if has_room(point, rule)]
-    if not choices or kernels == "matvec" and point.rows > MATVEC_ROWS:
+    if not choices or kernels in ("mma", "matvec") and point.rows > MATVEC_ROWS:
         return []
     nearest = min((rule["block_m"] for rule in choices), key=lambda m: abs(math.log(m / max(point.rows, 1))))
     near = lambda m: m == nearest or point.rows / width <= m <= max(point.rows, 1) * width
