@@ -364,7 +364,7 @@ def test_the_host_reads_no_data(monkeypatch, arch):
     if arch == "sm_90":  # with more than 4 rows per expert, or H as small as here, rows are read where tokens are
         at_once = ["route_round_kernel", *layer[2:]]
         many = ["count_round_kernel", "sum_kernel", "place_kernel", *layer[2:]]
-    one = ["gate_up_kernel", "down_kernel"] if arch == "sm_90" else at_once
+    one = ["gate_up_mma_kernel", "down_mma_kernel"] if arch == "sm_90" else at_once
     expected = {1: one, 40: at_once, 900: at_once, 3000: many}
     cases = [
         moe_inputs(T=T, G=33, E=5, K=2, bias_dtype=torch.float32, scaled=scaled)
@@ -410,14 +410,15 @@ def test_kernels_take_what_they_can_read():
         rules = {tiles.kernels: tiles for tiles in configs.load("sm_90").tiles}
         return [kernels for kernels, tiles in rules.items() if admits(call, Target(arch), tiles)]
 
-    assert sorted(taken()) == ["gemm", "hopper", "matvec"]
+    assert sorted(taken()) == ["gemm", "hopper", "matvec", "mma"]
     specialized = [tiles for tiles in configs.load("sm_90").tiles if tiles.kernels == "hopper"]
     alone, in_turns = (next(tiles for tiles in specialized if tiles.gemm1.turns == turns) for turns in (1, 2))
     for H, I in ((64, 32), (256, 96), (320, 32), (768, 256)):  # noqa: E741
         call = FusedMoe(**moe_inputs(T=1, H=H, I=I)).check()
         assert admits(call, Target("sm_90"), alone)
         assert admits(call, Target("sm_90"), in_turns) == (H > 256)  # of whose stages both groups have some
-    assert taken(H=96) == taken(H=32) == taken(arch="sm_100") == ["matvec", "gemm"]
+    assert taken(H=96) == taken(H=32) == ["mma", "matvec", "gemm"]
+    assert taken(arch="sm_100") == ["matvec", "gemm"]
     assert taken(shifted=["w1_scale"]) == ["matvec", "gemm"]
     assert taken(shifted=["w1"]) == taken(shifted=["w2"]) == ["gemm"]
     assert taken(H=256, I=128, layout="aiter_gfx950", **aiter_scales(256, 128)) == ["gemm"]
