@@ -497,6 +497,20 @@ def test_tokens_without_a_local_route_give_exact_zeros():
         assert as_bytes(fused_moe(inputs, out_dtype=out_dtype)).eq(0).all()
 
 
+@small
+@kernels
+@pytest.mark.parametrize("E", (4, 64))  # few rows for each of many experts may be other kernels' calls
+def test_weights_of_routes_that_go_nowhere_do_not_matter(E):
+    inputs = moe_inputs(T=3, E=E, K=4, bias_dtype=torch.float32)
+    inputs["topk_ids"][0, 1], inputs["topk_ids"][1, 0] = -1, 10**6
+    inputs["topk_weights"][0, 1], inputs["topk_weights"][1, 0] = float("nan"), float("inf")
+    assert assert_like_reference(inputs).isfinite().all()
+    inputs["topk_weights"][2, 3] = float("-inf")
+    entries = torch.arange(E, dtype=torch.int32)
+    entries[inputs["topk_ids"][2, 3].item()] = -1
+    assert assert_like_reference(inputs | dict(expert_map=entries))[2].isfinite().all()
+
+
 @kernels
 @pytest.mark.parametrize("shape", ((), (1,), (1, 1)), ids=str)
 @pytest.mark.parametrize("n", (0, 1, pytest.param(5, marks=small), 11, 12, 50, -1, -(2**31), 2**31 - 1))

@@ -42,6 +42,7 @@ CASES = CASES | {
     "MXFP8 input, odd numbers of scale bytes": (dict(H=352, I=224, scaled=True), dict()),
     "many routes": (dict(E=40, K=32, I=64), dict()),
     "few local routes of many": (dict(G=9, K=8, I=544), dict()),
+    "MXFP8 input, bf16 activations": (dict(scaled=True), dict(activation_dtype="bf16")),
     "fp16": (dict(dtype=torch.float16), dict()),
     "half a chunk, biases": (dict(H=2880, I=384, bias_dtype=torch.bfloat16), dict()),
 }

@@ -31,7 +31,8 @@ UP_ROWS, DOWN_ROWS = tl.constexpr(8), tl.constexpr(16)
 """Output columns of a program. Of w1 a product has 8 gate rows and 8 up rows."""
 
 MOST_ROUTES = 32
-"""Of a token, so that each lane looks up the expert of one."""
+"""Of a token, so that each lane looks up the expert of one. Two chunks for each warp are whole turns of as many routes,
+so a last turn asks no lane beyond these either."""
 
 
 def _product_assembly(bf16: bool) -> str:
@@ -559,7 +560,7 @@ def down_mma_kernel(
     weight = gl.full([WARPS, 8, 4], 1.0, gl.float32, LANES)
     if WEIGHTED:
         weights = topk_weights + token.to(gl.int64) * weights_stride
-        weight = gl.load(weights + route, mask=route < TOPK, other=0.0).to(gl.float32)
+        weight = gl.load(weights + route, mask=mine >= 0, other=0.0).to(gl.float32)  # others are whatever they are
     trips = (PIECES * TOPK + WARPS - 1) // WARPS
     if expert_map is not None or num_tokens is not None:  # those that go nowhere take no turns
         route, local = gl.inline_asm_elementwise(
