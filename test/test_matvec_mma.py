@@ -1,20 +1,34 @@
-"""On sm_90: route by route on the matrix unit, with tiles that small calls would not get, against the reference."""
+"""Route by route on sm_90's matrix unit, with tiles that small calls would not get, against the reference: on a GPU,
+and without one its PTX, executed by test/ptx.py."""
+
+import re
+from itertools import cycle
 
 import pytest
 import torch
 
+import ptx
 from forced_tiles import CASES, assert_like_the_reference
 from gpu import needs_gpu, on_gpu
-from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes, same_bytes
+from helpers import DEVICE, OPS, assert_agrees, assert_equal, moe_inputs, random_bytes, same_bytes
 from torch_mxfp8moe import reference
+from torch_mxfp8moe.arguments import FusedMoe
 from torch_mxfp8moe.configs import Gemm, Tiles
 
-pytestmark = [
-    needs_gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 GPU"
-    ),
-]
+
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+from torch_mxfp8moe.backends.triton import _interpreted  # noqa: E402
+
+without_gpu = pytest.mark.skipif(
+    DEVICE.type != "cpu" or _interpreted(), reason="compiled for CPU tensors, with TRITON_INTERPRET not set"
+)
+
+
+def on_sm_90(test):
+    """A test that needs that GPU."""
+    other = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+    return needs_gpu(pytest.mark.skipif(other, reason="needs an sm_90 GPU")(test))
 
 
 def tiles(up: int, down: int, **options) -> Tiles:
@@ -48,6 +62,7 @@ CASES = CASES | {
 }
 
 
+@on_sm_90
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_like_the_reference(case, tiles):
@@ -57,6 +72,7 @@ def test_like_the_reference(case, tiles):
         assert_like_the_reference(dict(T=T, H=512, I=256, E=5, K=2) | sizes, options, repeats=3, to=on_gpu)
 
 
+@on_sm_90
 @pytest.mark.parametrize("tiles", [TILES["1 and 2 warps"], TILES["4 and 8 warps"]], indirect=True)
 @pytest.mark.parametrize("scaled", (False, True))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -71,6 +87,7 @@ def test_rows_at_any_address(dtype, scaled, tiles):
         assert same_bytes(OPS.fused_moe(**inputs, backend="triton"), want), (first, stride)
 
 
+@on_sm_90
 @pytest.mark.parametrize("tiles", [TILES["1 and 2 warps"], TILES["16 and 4 warps, few registers"]], indirect=True)
 @pytest.mark.parametrize("activation_dtype", ("mxfp8", "bf16"))
 def test_every_code_with_every_scale(activation_dtype, tiles):
@@ -104,6 +121,7 @@ def test_every_code_with_every_scale(activation_dtype, tiles):
         assert_equal(inner, 200.0 * weight)
 
 
+@on_sm_90
 @pytest.mark.parametrize("tiles", [TILES["2 and 1 warps"], TILES["8 and 16 warps"]], indirect=True)
 def test_nan_and_infinity_stay_in_their_token_and_row(tiles):
     inputs = moe_inputs(T=5, H=576, I=288, E=5, K=2)
@@ -116,3 +134,90 @@ def test_nan_and_infinity_stay_in_their_token_and_row(tiles):
     want = reference.fused_moe(**inputs)
     assert want.isnan()[1:3].all() and not want.isnan()[0].all() and not want.isnan()[3:].all()
     assert_agrees(OPS.fused_moe(**inputs, backend="triton"), want)
+
+
+# Without a GPU
+
+
+def execute(inputs: dict, tiles: Tiles, options: dict, change=lambda ptx: ptx) -> torch.Tensor:
+    """What both kernels' PTX makes of a call, with ``change`` to it."""
+    from torch_mxfp8moe.backends.triton import fused_moe
+    from torch_mxfp8moe.backends.triton.launch import compile_offline
+    from torch_mxfp8moe.backends.triton.targets import Target
+
+    call = FusedMoe(**inputs, **options).check().with_out()
+    launches = fused_moe.plan(call, Target("sm_90"), tiles).bind(call.inputs | {"out": call.out}, call.device)
+    for launch in launches:
+        if "inner" in launch.arguments and "out" not in launch.arguments:
+            launch.arguments["inner"].fill_(torch.nan)  # what is there before, of routes that go nowhere too
+    call.out.fill_(torch.nan)
+    for launch, kernel in zip(launches, compile_offline(launches, Target("sm_90"))):
+        ptx.run(change(kernel.asm["ptx"]), kernel, launch)
+    return call.out
+
+
+EXECUTED = {
+    "plain": (dict(), dict()),
+    "several trips": (dict(T=1, H=544, K=1), dict()),
+    "whole chunks, several for each route": (dict(T=1, H=512, I=288), dict()),
+    "bf16 activations": (dict(), dict(activation_dtype="bf16")),
+    "fp32, rows at odd addresses": (dict(dtype=torch.float32), dict()),
+    "rows at odd addresses": (dict(), dict()),
+    "MXFP8 input, rows at odd addresses": (dict(scaled=True), dict(out_dtype=torch.float32)),
+    "fp16, biases and limits": (
+        dict(dtype=torch.float16, bias_dtype=torch.float32),
+        dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.5),
+    ),
+    "router weight on the input": (
+        dict(K=1, weight_dtype=torch.bfloat16, id_dtype=torch.int64), dict(apply_router_weight_on_input=True)
+    ),
+    "expert map, biases, tokens that are none": (dict(T=3, G=9, K=4, bias_dtype=torch.bfloat16), dict()),
+    "most routes": (dict(T=1, H=64, I=32, E=40, K=32), dict()),
+}  # fmt: skip
+
+
+@without_gpu
+@pytest.mark.parametrize("case, warps", list(zip(EXECUTED, cycle(((1, 2), (4, 1))))))
+def test_executed(case, warps):
+    sizes, options = EXECUTED[case]
+    inputs = moe_inputs(**dict(T=2, H=288, I=32, E=5, K=2) | sizes)
+    if inputs["topk_ids"].shape[1] > 1:
+        inputs["topk_ids"][0, 3:-1] = -1
+        inputs["topk_ids"][0, -1] = -7
+        inputs["topk_weights"][0, -1] = torch.nan  # of a route that goes nowhere
+    if "G" in sizes:
+        inputs["expert_map"] = torch.tensor([3, -1, 0, 4, 7, 1, -5, -1, 2], dtype=torch.int32)
+        inputs["num_tokens"] = torch.tensor(2, dtype=torch.int32)
+        inputs["topk_weights"][2] = torch.inf
+    if "odd" in case:
+        x = inputs["hidden_states"]
+        wide = torch.zeros(len(x), x.shape[1] + 3, dtype=torch.float32).to(x.dtype)
+        inputs["hidden_states"] = wide[:, 1:-2].copy_(x)
+    want = reference.fused_moe(**inputs, **options)
+    assert want[0].isfinite().all() and want[0].any()
+    assert_agrees(execute(inputs, tiles(*warps), options), want)
+
+
+MUTATIONS = {
+    "another lane's factor": ("add.u32 lane, lane, 6;", "add.u32 lane, lane, 2;"),
+    "rows of a product exchanged": (r"\{a0, a1, a2, a3\}", "{a1, a0, a3, a2}"),
+    "no barrier": (r"\tbar\.sync[^\n]*\n", ""),
+    "no mask": (r"@%p\d+ (ld\.global\.b16)", r"\1"),
+    "an unknown instruction": (r"fma\.rn\.f32", "fma.rp.f64"),
+}
+
+
+@without_gpu
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_execution_finds(name):
+    """Errors that are planted in the text."""
+    pattern, replacement = MUTATIONS[name]
+    inputs = moe_inputs(T=1, H=288, I=32, E=5, K=2)
+
+    def change(text):
+        changed, count = re.subn(pattern, replacement, text)
+        assert count
+        return changed
+
+    with pytest.raises(AssertionError):
+        assert_agrees(execute(inputs, tiles(2, 2), {}, change), reference.fused_moe(**inputs))

@@ -1164,7 +1164,7 @@ settle_keys()
 for value in vars(quantize).values():
     getattr(value, "cache_key", None)
 tasks = []
-for kernels, block_m in (("matvec", 1), ("hopper", 16), ("gemm", 16)):
+for kernels, block_m in (("mma", 1), ("matvec", 1), ("hopper", 16), ("gemm", 16)):
     rule = key(tuning.normal({{"block_m": block_m, "kernels": kernels}}))
     gemms = [key(tile) for tile in PARTNERS[kernels].values()]
     tasks.append(Task(rows()["Qwen3-30B-A3B TP4"], (4,), "mxfp8", "sm_90", "gemm1", rule, *gemms))
@@ -1175,7 +1175,7 @@ for task in tasks:
     compile_offline(task.launches(), Target("sm_90"))
 print(len(files), len(set(folder.rglob("*.cubin"))))
 """
-    assert run_python(code, TRITON_CACHE_DIR=str(tmp_path)).split() == ["3", "3"]
+    assert run_python(code, TRITON_CACHE_DIR=str(tmp_path)).split() == ["4", "4"]
 
 
 @pytest.mark.parametrize("gemm", GEMMS)
@@ -1190,16 +1190,17 @@ def test_which_launches_are_of_a_product(gemm):
 
 @pytest.mark.parametrize("kernels", PARTNERS)
 def test_launches_of_each_part(kernels):
-    rule = {"block_m": 1 if kernels == "matvec" else 16, "kernels": kernels}
+    by_route = kernels in ("mma", "matvec")
+    rule = {"block_m": 1 if by_route else 16, "kernels": kernels}
     gemms = {name: key(tile) for name, tile in PARTNERS[kernels].items()}
     task = Task(rows()["Qwen3-30B-A3B TP1"], (1,), "mxfp8", "sm_90", "", key(rule), **gemms)
     names = lambda part: [one.kernel.__name__ for one in dataclasses.replace(task, part=part).launches()]
     products = {
         "gemm": ["grouped_gemm_kernel"] * 2, "hopper": ["warpgroup_gemm_kernel"] * 2,
-        "matvec": ["gate_up_kernel", "down_kernel"],
+        "mma": ["gate_up_mma_kernel", "down_mma_kernel"], "matvec": ["gate_up_kernel", "down_kernel"],
     }[kernels]  # fmt: skip
     assert names("gemm1") + names("gemm2") == products
-    assert names(BASE) == (products if kernels == "matvec" else ["dispatch_kernel", *products, "combine_kernel"])
+    assert names(BASE) == (products if by_route else ["dispatch_kernel", *products, "combine_kernel"])
 
 
 # What it is told
