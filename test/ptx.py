@@ -130,8 +130,8 @@ class Warp:
         if value.dtype != bool:
             value = value.view(f"u{value.dtype.itemsize}")
         old = self.registers.get(name)
-        if old is None or old.dtype != value.dtype or mask.all():
-            old = np.zeros_like(value) if not mask.all() else value
+        if old is None or old.dtype != value.dtype:
+            old = np.zeros_like(value)
         self.registers[name] = np.where(mask, value, old)
 
     def address(self, operand: str, kind: str) -> np.ndarray:

@@ -50,9 +50,9 @@ _MATVEC = {
 }  # fmt: skip
 
 
-def _mma(block_n: int) -> dict:
-    widths = [{"block_n": block_n, "block_k": 256 * warps, "num_warps": warps} for warps in (1, 2, 4, 8, 16)]
-    return {"mma": (True,), "width": tuple(widths)}
+def _mma(rows: int, warps: int) -> Json:
+    """With so many warps, for one of the products."""
+    return {"mma": True, "block_n": rows, "block_k": configs.MMA_COLUMNS * warps, "num_warps": warps}
 
 
 SPACES = {
@@ -72,7 +72,9 @@ SPACES = {
             "gemm1": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 32), (4, 64), (8, 128)))},
             "gemm2": {"width": tuple({"num_warps": w, "block_n": n} for w, n in ((4, 64), (4, 128), (8, 256)))},
         },
-        "mma": {"rule": {"block_m": (1,)}, "both": {"maxnreg": (0, 128)}, "gemm1": _mma(8), "gemm2": _mma(16)},
+        "mma": {"rule": {"block_m": (1,)}, "both": {"maxnreg": (0, 128)}}
+        | {part: {"width": tuple(_mma(rows, warps) for warps in (1, 2, 4, 8, 16))}
+           for part, rows in zip(GEMMS, configs.MMA_ROWS)},
         "matvec": _MATVEC,
     },
     "gfx": {
@@ -94,8 +96,7 @@ _HOPPER = {"block_k": 64, "num_warps": 4, "num_stages": 4, "programs": 2}
 PARTNERS: dict[str, dict[str, Json]] = {
     "gemm": dict.fromkeys(GEMMS, {"block_n": 64, "block_k": 64, "num_warps": 4, "num_stages": 2}),
     "hopper": {"gemm1": {"block_n": 64, **_HOPPER}, "gemm2": {"block_n": 128, **_HOPPER}},
-    "mma": {part: {"mma": True, "block_n": n, "block_k": 1024, "num_warps": 4, "num_stages": 1}
-            for part, n in zip(GEMMS, (8, 16))},
+    "mma": {part: _mma(rows, 4) | {"num_stages": 1} for part, rows in zip(GEMMS, configs.MMA_ROWS)},
     "matvec": dict.fromkeys(GEMMS, {"block_n": 16, "block_k": 512, "num_warps": 4, "num_stages": 1}),
 }  # fmt: skip
 """The tile of a product that is not being tuned, under any rule; where a search begins if nothing is configured."""

@@ -32,6 +32,10 @@ FOLDER = Path(__file__).parent
 MOST_IN_TURNS = 32
 """Slots of a tile whose stages two groups of warps take in turns."""
 
+MMA_COLUMNS = 256
+MMA_ROWS = 8, 16
+"""With ``mma``, the columns of K that a warp takes at a time, and the output columns of a program, of w1 and of w2."""
+
 ALIKE = {"sm_103": "sm_100"}
 """Architectures that take the files of another one."""
 
@@ -55,8 +59,8 @@ class Gemm:
     """2: of the warp-specialized kernel, in which two groups of 4 warps take a tile's stages in turns. There are two or
     more, num_stages is even, and block_m at most MOST_IN_TURNS."""
     mma: bool = False
-    """Of routes that are served by themselves (block_m 1): on the matrix unit. block_n is 8 (w1) or 16 (w2), and
-    block_k 256 for each warp."""
+    """Of routes that are served by themselves (block_m 1): on the matrix unit. block_n is one of MMA_ROWS, and block_k
+    MMA_COLUMNS for each warp."""
     options: dict = field(default_factory=dict, hash=False)
 
     @property
@@ -116,7 +120,7 @@ def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> 
     return value
 
 
-def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
+def _gemm(where: str, data: dict, rows_a_warp: int, mma_rows: int, block_m: int) -> Gemm:
     data = dict(data)
     by_route = block_m == 1
     tile = Gemm(
@@ -152,8 +156,8 @@ def _gemm(where: str, data: dict, rows_a_warp: int, block_m: int) -> Gemm:
     if not isinstance(tile.mma, bool) or tile.mma and not by_route:
         raise ValueError(f"{where}: mma is {tile.mma!r}; true takes block_m 1")
     sizes = tile.num_warps, tile.block_n, tile.block_k
-    if tile.mma and sizes[1:] != (rows_a_warp // 2, 256 * tile.num_warps):
-        takes = tile.num_warps, rows_a_warp // 2, 256 * tile.num_warps
+    takes = tile.num_warps, mma_rows, MMA_COLUMNS * tile.num_warps
+    if tile.mma and sizes != takes:
         raise ValueError(f"{where}: num_warps, block_n and block_k are {sizes}; with mma it takes {takes}")
     return tile
 
@@ -166,8 +170,8 @@ def rule(where: str, data: dict) -> Tiles:
     block_m = data["block_m"]
     if type(block_m) is not int or block_m not in (1, 8, 16, 32, 64, 128, 256):
         raise ValueError(f"{where}: block_m is {block_m!r}; it takes 1 or a power of two from 8 to 256")
-    gemm1 = _gemm(f"{where}, gemm1", data["gemm1"], 16, block_m)
-    gemm2 = _gemm(f"{where}, gemm2", data["gemm2"], 32, block_m)
+    gemm1 = _gemm(f"{where}, gemm1", data["gemm1"], 16, MMA_ROWS[0], block_m)
+    gemm2 = _gemm(f"{where}, gemm2", data["gemm2"], 32, MMA_ROWS[1], block_m)
     if (gemm1.programs > 0) != (gemm2.programs > 0) or gemm1.programs and not 8 <= block_m <= 128:
         raise ValueError(f"{where}: with programs in one gemm they are in both, and block_m is 8 to 128")
     if gemm1.mma != gemm2.mma:

@@ -16,6 +16,24 @@ from .routing import local_experts
 PIECE = tl.constexpr(16)
 """Codes that a lane reads at once; they share a scale byte."""
 
+OF_ROUTES = dict(
+    do_not_specialize=[
+        "x_stride",
+        "x_scale_stride",
+        "routes_total",
+        "ids_stride",
+        "first_token",
+        "known",
+        "weights_stride",
+    ],
+    do_not_specialize_on_alignment=["x", "x_scale", "topk_ids", "expert_map", "num_tokens", "topk_weights"],
+)
+OF_TOKENS = dict(
+    do_not_specialize=["routes_total", "ids_stride", "first_token", "known", "weights_stride", "out_stride"],
+    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens", "topk_weights", "out"],
+)
+"""What one compiled kernel of the first launch, and one of the second, is good for any value of."""
+
 WORD = tl.constexpr(4)
 """Codes of one register, in which they stay from one trip of a loop to the next."""
 
@@ -107,18 +125,7 @@ def _products(words, byte, x, NATIVE: tl.constexpr):
     return tl.sum(value, axis=2) * factor(byte)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "x_stride",
-        "x_scale_stride",
-        "routes_total",
-        "ids_stride",
-        "first_token",
-        "known",
-        "weights_stride",
-    ],
-    do_not_specialize_on_alignment=["x", "x_scale", "topk_ids", "expert_map", "num_tokens", "topk_weights"],
-)
+@triton.jit(**OF_ROUTES)
 def gate_up_kernel(
     x, x_scale, w, w_scale, bias, inner, topk_ids, expert_map, num_tokens, topk_weights,
     x_stride: "i64", x_scale_stride: "i64", routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
@@ -177,10 +184,7 @@ def gate_up_kernel(
         )
 
 
-@triton.jit(
-    do_not_specialize=["routes_total", "ids_stride", "first_token", "known", "weights_stride", "out_stride"],
-    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens", "topk_weights", "out"],
-)
+@triton.jit(**OF_TOKENS)
 def down_kernel(
     inner, w, w_scale, bias, out, topk_ids, expert_map, num_tokens, topk_weights,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64", weights_stride: "i64", out_stride: "i64",

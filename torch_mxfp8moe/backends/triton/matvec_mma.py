@@ -20,14 +20,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import constexpr_function
 
+from ...configs import MMA_COLUMNS, MMA_ROWS
+from .matvec import OF_ROUTES, OF_TOKENS
 from .numerics import BLOCK, factor, scale_byte, swiglu
 from .overlap import take_over, wait_for_launch_before
 from .routing import local_experts
 
-CHUNK = tl.constexpr(256)
+CHUNK = tl.constexpr(MMA_COLUMNS)
 """Columns that a warp multiplies at a time: a block for each column of the product."""
 
-UP_ROWS, DOWN_ROWS = tl.constexpr(8), tl.constexpr(16)
+UP_ROWS, DOWN_ROWS = map(tl.constexpr, MMA_ROWS)
 """Output columns of a program. Of w1 a product has 8 gate rows and 8 up rows."""
 
 MOST_ROUTES = 32
@@ -431,18 +433,7 @@ def _operands_of_w1(
     return codes, pair, words, x_pair
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "x_stride",
-        "x_scale_stride",
-        "routes_total",
-        "ids_stride",
-        "first_token",
-        "known",
-        "weights_stride",
-    ],
-    do_not_specialize_on_alignment=["x", "x_scale", "topk_ids", "expert_map", "num_tokens", "topk_weights"],
-)
+@gluon.jit(**OF_ROUTES)
 def gate_up_mma_kernel(
     x, x_scale, w, w_scale, bias, inner, topk_ids, expert_map, num_tokens, topk_weights,
     x_stride: "i64", x_scale_stride: "i64", routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64",
@@ -535,10 +526,7 @@ def _weighted(codes, pair, value, weight, chunk, N: gl.constexpr, MXFP8: gl.cons
     return sums * _of_lanes(_of_route(weight, chunk // PIECES), P)
 
 
-@gluon.jit(
-    do_not_specialize=["routes_total", "ids_stride", "first_token", "known", "weights_stride", "out_stride"],
-    do_not_specialize_on_alignment=["topk_ids", "expert_map", "num_tokens", "topk_weights", "out"],
-)
+@gluon.jit(**OF_TOKENS)
 def down_mma_kernel(
     inner, w, w_scale, bias, out, topk_ids, expert_map, num_tokens, topk_weights,
     routes_total: "i32", ids_stride: "i64", first_token: "i64", known: "i64", weights_stride: "i64", out_stride: "i64",
