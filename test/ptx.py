@@ -25,7 +25,7 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def _e4m3_values() -> np.ndarray:
-    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     return codes.view(torch.float8_e4m3fn).half().numpy()
 
 

@@ -208,6 +208,13 @@ MUTATIONS = {
 
 
 @without_gpu
+def test_the_emulator_is_on_the_cpu():
+    """Whatever the default device is: with that of a GPU, this file could not be imported."""
+    with torch.device("meta"):
+        assert (ptx._e4m3_values().view("u2") == ptx.E4M3.view("u2")).all()
+
+
+@without_gpu
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_what_execution_finds(name):
     """Errors that are planted in the text."""
