@@ -4,6 +4,7 @@ import torch
 
 from helpers import OPS, assert_agrees, moe_inputs, same_bytes
 from torch_mxfp8moe import reference
+from torch_mxfp8moe.configs import Gemm, Tiles
 
 CASES = {
     "plain": (dict(), dict()),
@@ -31,3 +32,13 @@ def assert_like_the_reference(sizes: dict, options: dict, repeats: int, to=lambd
     assert_agrees(got, reference.fused_moe(**inputs, **options))
     for _ in range(repeats):
         assert same_bytes(got, OPS.fused_moe(**inputs, **options, backend="triton"))
+
+
+def warp_specialized(block_m: int, first: tuple, second: tuple, gather: bool = False) -> Tiles:
+    """Of the kernel in which one warp loads. Each product: weight rows of a tile, columns of a stage, warps, stages,
+    programs, turns if they are two."""
+    gemms = (
+        Gemm(rows // halves, columns, warps, stages, True, *others)
+        for halves, (rows, columns, warps, stages, *others) in ((2, first), (1, second))
+    )
+    return Tiles(None, block_m, *gemms, gather=gather)

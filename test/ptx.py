@@ -1,19 +1,26 @@
-"""Runs a kernel's PTX on the CPU, one warp's instruction at a time: of what Triton makes of kernels without TMA, wgmma
-and mbarriers, such as those of :mod:`torch_mxfp8moe.backends.triton.matvec_mma`, which Triton's interpreter cannot run.
+"""Runs a kernel's PTX on the CPU, one warp's instruction at a time: of kernels that Triton's interpreter cannot run,
+:mod:`torch_mxfp8moe.backends.triton.matvec_mma` and :mod:`~torch_mxfp8moe.backends.triton.hopper`.
 
 It is strict where a GPU is not: an access outside of the tensors that it was given, a branch that lanes of a warp take
-differently, shared memory that is written and read by two warps without a barrier between, or an instruction that it
-does not know, is an error. It shows nothing about time, nor what ptxas makes of the text. Sums of ``mma.sync`` are made
-in double precision and rounded once, ``ex2.approx`` and ``div.full`` are exact to the last bit or so.
+differently, shared memory that two write or read and nothing orders (:mod:`ptx_order`), a sum that is read while the
+matrix unit works on it, warps that wait for each other, or an instruction that it does not know, is an error. Which
+warp goes on, and when a copy or a product that is under way is done, is drawn at random. It shows nothing about time,
+nor what ptxas makes of the text. Sums of the matrix unit are made in double precision and rounded once, ``ex2.approx``
+and ``div.full`` are exact to the last bit or so.
 
 Source of what instructions do: PTX ISA.
 """
 
+import random
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
+
+from ptx_order import Mbarrier, Meeting, Order
 
 LANES = np.arange(32)
 _OF_LETTER = {"b": "u", "u": "u", "s": "i", "f": "f"}
@@ -73,26 +80,47 @@ class Memory:
             yield own, self.bytes[one], (address[own] - self.start[one]).astype(int)
 
 
-def statements(ptx: str) -> tuple[list[tuple], dict[str, int]]:
-    """Of the only function: (predicate, its negation, opcode, operands), and where labels stand."""
+def statements(ptx: str) -> tuple[list[tuple], dict]:
+    """Of the only function: (predicate, its negation, opcode, operands), and where labels stand. A label within braces,
+    which inline assembly has, is known there only."""
     body = ptx[ptx.index("{", ptx.index(".entry")) + 1 :]
-    code, labels = [], {}
+    code, labels, tables = [], {}, {}
+    scopes, opened, table, label = [0], 0, None, ""
     for line in body.splitlines():
         line = line.split("//")[0].strip()
-        if match := re.fullmatch(r"(\$\w+):", line):
-            labels[match[1]] = len(code)
+        if line == "{":
+            opened += 1
+            scopes.append(opened)
             continue
-        if line in ("", "{", "}", "(", ")") or line.startswith("."):
+        if line == "}":
+            scopes.pop()
+            if not scopes:
+                break
+            continue
+        if match := re.match(r"(\$?\w+):", line):
+            label = match[1]
+            labels[label if label.startswith("$") else (scopes[-1], label)] = len(code)
+            line = line[match.end() :].strip()
+        if line == ".branchtargets":
+            table = tables[label] = []
+            continue
+        if table is not None:
+            table.append(line.rstrip(",;"))
+            table = None if line.endswith(";") else table
+            continue
+        if line in ("", "(", ")") or line.startswith("."):
             continue
         for one in filter(None, (part.strip() for part in line.split(";"))):
             if one.startswith("."):
                 continue
-            predicate, negated, opcode, rest = re.fullmatch(
-                r"(?:@(?:(!)?(%?\w+))\s+)?([\w.]+)\s*(.*)", one, re.S
-            ).group(2, 1, 3, 4)  # fmt: skip
-            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)
-            code.append((predicate, bool(negated), opcode, [x.strip() for x in operands]))
-    return code, labels
+            match = re.fullmatch(r"(?:@(?:(!)?(%?\w+))\s+)?([\w.:]+)\s*(.*)", one)
+            assert match, f"{one!r} is no instruction"
+            negated, predicate, opcode, rest = match.groups()
+            operands = [x.strip() for x in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest)]
+            if opcode.startswith("bra") and not operands[0].startswith("$"):
+                operands = [(scopes[-1], operands[0])]
+            code.append((predicate, bool(negated), opcode.replace("::cta", ""), operands))
+    return code, labels | tables
 
 
 def listed(operand: str) -> list[str]:
@@ -105,6 +133,11 @@ class Warp:
     def __init__(self, program: "Program", number: int):
         self.program, self.number = program, number
         self.registers: dict[str, np.ndarray] = {}
+        self.products: deque = deque()
+        """Of the matrix unit, under way: (group, what it does, registers of the sum, of the left operand)."""
+        self.group = 0
+        self.copies: deque = deque()
+        """``cp.async``, and arrivals after them."""
 
     def read(self, name: str, kind: str) -> np.ndarray:
         dtype = dtype_of(kind)
@@ -114,12 +147,15 @@ class Warp:
         }  # fmt: skip
         if name in special:
             return special[name].astype(dtype)
+        if match := re.fullmatch(r"\w+_param_(\d+)", name):
+            return np.full(32, int(match[1])).astype(dtype)
+        assert not any(name in total for _, _, total, _ in self.products), f"{name} is a sum that is under way"
         if name in self.registers:
             value = self.registers[name]
             return value.view(dtype) if value.dtype.itemsize == dtype.itemsize else value.astype(dtype)
         if name.startswith("0f"):
             return np.full(32, int(name[2:], 16), np.uint32).view(np.float32)
-        number = int(name, 0)
+        number = int(name.removesuffix("U"), 0)
         if kind == "pred":
             return np.full(32, bool(number))
         size = 8 * dtype.itemsize
@@ -129,6 +165,7 @@ class Warp:
         value = np.ascontiguousarray(value)
         if value.dtype != bool:
             value = value.view(f"u{value.dtype.itemsize}")
+        assert not any(name in total or name in left for _, _, total, left in self.products), f"{name} is in use"
         old = self.registers.get(name)
         if old is None or old.dtype != value.dtype:
             old = np.zeros_like(value)
@@ -138,8 +175,8 @@ class Warp:
         base, _, offset = operand.strip("[] ").partition("+")
         return self.read(base.strip(), kind) + np.array(int(offset or 0), dtype=dtype_of(kind))
 
-    def run(self) -> Iterator[None]:
-        """Stops at each barrier."""
+    def run(self) -> Iterator[Callable[[], bool] | None]:
+        """Stops wherever others may go on, or have to: with what it waits for."""
         code, labels = self.program.code, self.program.labels
         at = 0
         with np.errstate(all="ignore"):
@@ -154,10 +191,28 @@ class Warp:
                         if name == "ret":
                             return
                         at = labels[operands[0]]
-                elif name == "bar":
-                    yield
-                elif name != "griddepcontrol":
+                elif name == "brx":
+                    index = self.read(operands[0], "u32")
+                    assert (index == index[0]).all()
+                    at = labels[labels[operands[1]][index[0]]]
+                elif name in ("bar", "barrier"):
+                    if "warp" not in opcode:
+                        assert mask.all()
+                        threads = int(operands[1]) if len(operands) > 1 else 32 * self.program.warps
+                        yield self.program.meeting(int(operands[0])).come(self.number, threads // 32)
+                elif opcode.startswith("mbarrier.try_wait.parity"):
+                    barrier = self.program.mbarrier(self.address(operands[1], "u32"))
+                    parity = int(self.read(operands[2], "u32")[0])
+                    yield partial(barrier.passed, parity)
+                    barrier.learn(self.number)
+                    self.write(operands[0], mask, mask)
+                elif opcode.startswith("wgmma.wait_group"):
+                    while self.products and self.products[0][0] < self.group - int(operands[0]):
+                        self.finish_product()
+                elif name not in ("griddepcontrol", "setmaxnreg"):
                     self.step(opcode, operands, mask)
+                    if name in ("mbarrier", "cp", "fence", "atom"):
+                        yield None
 
     def step(self, opcode: str, operands: list[str], mask: np.ndarray) -> None:
         name, *how = opcode.split(".")
@@ -165,22 +220,171 @@ class Warp:
         if name in ("ld", "st"):
             return self._move(name, how, operands, mask)
         if name == "mov" and operands[0].startswith("{"):
-            value = self.read(operands[1], kind).view("u2").reshape(32, -1)
-            for part, one in enumerate(listed(operands[0])):
+            parts = listed(operands[0])
+            value = self.read(operands[1], kind)
+            value = value.view(f"u{value.dtype.itemsize // len(parts)}").reshape(32, -1)
+            for part, one in enumerate(parts):
                 self.write(one, value[:, part], mask)
             return
         if name == "mov" and operands[1].startswith("{"):
-            parts = [self.read(one, "b16") for one in listed(operands[1])]
-            self.write(operands[0], np.stack(parts, 1).view("u4").reshape(32), mask)
+            parts = listed(operands[1])
+            part = f"b{8 * dtype_of(kind).itemsize // len(parts)}"
+            value = np.stack([self.read(one, part) for one in parts], 1)
+            self.write(operands[0], value.view(dtype_of(kind)).reshape(32), mask)
             return
-        if name == "mma":
-            return self._multiply(how, operands)
+        if name in ("mma", "wgmma"):
+            return self._multiply(how, operands) if name == "mma" else self._send_product(how, operands)
+        if name in ("mbarrier", "cp", "fence", "atom", "elect", "stmatrix", "ldmatrix"):
+            return getattr(self, f"_{name}")(how, operands, mask)
         if name == "cvt":
             return self.write(operands[0], self._converted(how, operands[1:]), mask)
+        if name == "cvta":
+            return self.write(operands[0], self.read(operands[1], "u64"), mask)
         if name in ("shfl", "vote", "redux"):
             assert mask.all()
             return self.write(operands[0], self._across(name, how, operands[1:]), mask)
         self.write(operands[0], self._computed(name, how, kind, operands[1:]), mask)
+
+    def _mbarrier(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        if not mask.any():
+            return
+        place = self.address(operands[how[0] == "arrive"], "u32")
+        if how[0] == "init":
+            return self.program.new_mbarrier(place, int(self.read(operands[1], "u32")[0]))
+        barrier = self.program.mbarrier(place)
+        assert how[0] == "arrive" and operands[0] == "_", how
+        if how[1] == "expect_tx":
+            assert mask.sum() == 1
+            barrier.expect(int(self.read(operands[2], "u32")[mask][0]))
+        barrier.arrive(int(mask.sum()), self.program.order.publish(self.number))
+
+    def _elect(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        number, predicate = operands[0].split("|")
+        if number != "_":
+            self.write(number, np.zeros(32, np.uint32), mask)
+        self.write(predicate, LANES == 0, mask)
+
+    def _fence(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        assert how[:2] == ["proxy", "async"], how
+        self.program.order.fence(self.number)
+
+    def _atom(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        """Of one lane."""
+        assert how[0] == "global" and how[-1] == "u32" and mask.sum() <= 1, how
+        for own, data, start in self.program.memory.find(self.address(operands[1], "u64")[mask], 4):
+            word = data[start[0] : start[0] + 4].view("u4")
+            old, by = word.copy(), self.read(operands[2], "u32")[mask]
+            word[:] = old + by if how[-2] == "add" else np.where(old >= by, 0, old + 1)
+            self.write(operands[0], np.full(32, old[0], np.uint32), mask)
+
+    def _cp(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        program, order = self.program, self.program.order
+        if how[:3] == ["async", "mbarrier", "arrive"]:
+            assert mask.all() and how[3] == "noinc"
+            barrier, clock = program.mbarrier(self.address(operands[0], "u32")), order.publish(self.number)
+            self.copies.append(lambda: barrier.arrive(32, np.maximum(clock, order.copied[self.number])))
+        elif how[:2] == ["async", "cg"]:
+            size = int(operands[2], 0)
+            to, of = self.address(operands[0], "u32")[mask], self.address(operands[1], "u64")
+            count = self.read(operands[3], "u32") if len(operands) > 3 else np.full(32, size)
+            assert np.isin(count[mask], (0, size)).all()
+            there = mask & (count > 0)
+            values = np.zeros((32, size), np.uint8)
+            for own, data, start in program.memory.find(of[there], size) if there.any() else ():
+                values[LANES[there][own]] = data[start[:, None] + np.arange(size)]
+            where, clock = (to[:, None] + np.arange(size, dtype=to.dtype)).astype(int), order.clock[self.number].copy()
+
+            def copy() -> None:
+                order.copy(where.ravel(), clock, by=self.number)
+                program.shared[where] = values[mask]
+
+            self.copies.append(copy)
+        elif "prefetch" in how:
+            if mask.any():
+                size = int(self.read(operands[1], "u32")[mask][0])
+                assert size % 16 == 0
+                list(program.memory.find(self.address(operands[0], "u64")[mask][:1], 16))
+                list(program.memory.find(self.address(operands[0], "u64")[mask][:1] + np.uint64(size - 16), 16))
+        else:
+            assert how[:3] == ["async", "bulk", "tensor"] and how[5] == "global", how
+            if mask.any():
+                assert mask.sum() == 1
+                self._copy_box(operands, mask)
+
+    def _copy_box(self, operands: list[str], mask: np.ndarray) -> None:
+        program, order = self.program, self.program.order
+        which, coordinates = operands[1].strip("[] ").split(",", 1)
+        descriptor = program.params[int(self.read(which, "u64")[mask][0])]
+        first = [int(self.read(one, "s32")[mask][0]) for one in reversed(listed(coordinates.strip()))]
+        box = descriptor.box(first)
+        rows = box.reshape(-1, box.shape[-1])
+        where = int(self.address(operands[0], "u32")[mask][0]) + np.arange(rows.size).reshape(rows.shape)
+        where = swizzled(where, descriptor.swizzle)
+        barrier = program.mbarrier(self.address(operands[2], "u32"))
+        clock = order.clock[self.number].copy()
+
+        def copy() -> None:
+            known = order.copy(where.ravel(), clock)
+            program.shared[where] = rows
+            barrier.complete(rows.size, known)
+
+        program.boxes.append(copy)
+
+    def _matrices(self, how: list[str], place: str) -> list[np.ndarray]:
+        """Where in shared memory the bytes of the matrices of ``ldmatrix`` and ``stmatrix`` are, [8, 16] each."""
+        assert how[:3] == ["sync", "aligned", "m8n8"] and how[-2:] == ["shared", "b16"], how
+        rows = self.address(place, "u32").astype(int).reshape(4, 8, 1) + np.arange(16)
+        return list(rows[: int(how[3][1:])])
+
+    def _stmatrix(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        assert mask.all()
+        for where, name in zip(self._matrices(how, operands[0]), listed(operands[1]), strict=True):
+            matrix = self.read(name, "b32").view("u2").reshape(8, 8)
+            self.program.order.access(self.number, where.ravel(), True)
+            self.program.shared[where] = np.ascontiguousarray(matrix.T if "trans" in how else matrix).view("u1")
+
+    def _ldmatrix(self, how: list[str], operands: list[str], mask: np.ndarray) -> None:
+        assert mask.all()
+        for where, name in zip(self._matrices(how, operands[1]), listed(operands[0]), strict=True):
+            self.program.order.access(self.number, where.ravel(), False)
+            matrix = self.program.shared[where].view("u2")
+            self.write(name, np.ascontiguousarray(matrix.T if "trans" in how else matrix).view("u4").reshape(32), mask)
+
+    def _send_product(self, how: list[str], operands: list[str]) -> None:
+        if how[0] == "commit_group":
+            self.group += 1
+            return
+        if how[0] == "fence":
+            return
+        assert how[:3] == ["mma_async", "sync", "aligned"] and how[4] == "f32" and how[5] == how[6], how
+        assert operands[-3:] == ["1", "1", "0"], operands[2:]  # nothing negated, the right operand with rows of K
+        columns, type_ = int(re.fullmatch(r"m64n(\d+)k16", how[3])[1]), how[5]
+        total, left = listed(operands[0]), listed(operands[1])
+        a = left_operand([self.read(one, "b32") for one in left], type_)
+        descriptor = self.read(operands[2], "u64")
+        keep = self.read(operands[3], "pred")
+        assert (descriptor == descriptor[0]).all() and (keep == keep[0]).all()
+        where = right_operand(int(descriptor[0]), columns)
+
+        def multiply() -> None:
+            self.program.order.read_by_matrix_unit(self.number, where.ravel())
+            b = to_float64(self.program.shared[where].view("u2")[..., 0], type_)
+            product = a @ b
+            for i, name in enumerate(total):
+                own = product[LANES // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (LANES % 4) + i % 2]
+                if keep[0]:
+                    own = own + self.read(name, "f32")
+                self.write(name, own.astype(np.float32), np.ones(32, bool))
+
+        self.products.append((self.group, multiply, set(total), set(left)))
+
+    def finish_product(self) -> None:
+        """The next one."""
+        _, multiply, total, _ = self.products.popleft()
+        waiting, self.products = self.products, deque()
+        with np.errstate(all="ignore"):
+            multiply()
+        self.products = waiting
 
     def _move(self, name: str, how: list[str], operands: list[str], mask: np.ndarray) -> None:
         space, kind = how[0], how[-1]
@@ -202,7 +406,11 @@ class Warp:
         else:
             assert space == "shared", space
             at = self.address(place, "u32")[mask]
-            self.program.guard(self.number, at, size, name == "st")
+            assert not (at % size).any(), f"an address is no multiple of {size}"
+            where = (at[:, None] + np.arange(size, dtype=at.dtype)).astype(int)
+            # Several warps may write the same.
+            if name == "ld" or (self.program.shared[where] != values[mask]).any():
+                self.program.order.access(self.number, where.ravel(), name == "st")
             found = [(np.arange(len(at)), self.program.shared, at.astype(int))]
         lanes = LANES[mask]
         for own, data, start in found:
@@ -223,13 +431,10 @@ class Warp:
         g, t = LANES // 4, LANES % 4
 
         def values(name: str) -> np.ndarray:
-            halves = self.read(name, "b32").view("u2").reshape(32, 2)
-            return (halves.view(np.float16) if how[6] == "f16" else of_bf16(halves)).astype(np.float64)
+            return to_float64(self.read(name, "b32").view("u2").reshape(32, 2), how[6])
 
-        left, right, total = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
-        for i, name in enumerate(a):
-            for half in range(2):
-                left[g + 8 * (i % 2), 2 * t + 8 * (i // 2) + half] = values(name)[:, half]
+        left = left_operand([self.read(one, "b32") for one in a], how[6])
+        right, total = np.zeros((16, 8)), np.zeros((16, 8))
         for i, name in enumerate(b):
             for half in range(2):
                 right[2 * t + 8 * i + half, g] = values(name)[:, half]
@@ -258,6 +463,8 @@ class Warp:
         return value.astype(dtype_of(to))
 
     def _across(self, name: str, how: list[str], operands: list[str]) -> np.ndarray:
+        if name == "vote" and how[1] == "any":
+            return np.full(32, self.read(operands[0], "pred").any())
         if name == "vote":
             assert how[:2] == ["sync", "ballot"]
             bits = self.read(operands[0], "pred").astype(np.uint64) << LANES.astype(np.uint64)
@@ -270,6 +477,20 @@ class Warp:
         return value[lane & 31 if how[1] == "idx" else LANES ^ lane]
 
     def _computed(self, name: str, how: list[str], kind: str, operands: list[str]) -> np.ndarray:
+        if kind in ("u16x2", "f16x2", "bf16x2", "bf16"):
+            return self._computed_in_16_bits(name, kind, operands)
+        if name == "prmt":
+            a, b, selector = (self.read(one, "b32") for one in operands)
+            both = np.stack([a, b], 1).view("u1").reshape(32, 8)
+            chosen = np.stack([selector >> np.uint32(4 * i) for i in range(4)], 1)
+            assert not (chosen & 8).any(), "a byte's sign is not known"
+            return np.take_along_axis(both, (chosen & 7).astype(int), 1).view("u4").reshape(32)
+        if name == "setp" and len(how) == 3:  # and another predicate
+            assert how[1] == "and"
+            return self._computed("setp", [how[0], kind], kind, operands[:2]) & self.read(operands[2], "pred")
+        if name == "bfe" and kind == "s32":
+            value, (start, length) = self.read(operands[0], "s32"), (int(one) for one in operands[1:])
+            return value << np.int32(32 - start - length) >> np.int32(32 - length)
         if name == "selp":
             a, b, p = (self.read(one, k) for one, k in zip(operands, (kind, kind, "pred")))
             return np.where(p, a, b)
@@ -324,48 +545,133 @@ class Warp:
         return (values[0].astype(np.float64) * values[1] + values[2]).astype(np.float32)
 
 
+    def _computed_in_16_bits(self, name: str, kind: str, operands: list[str]) -> np.ndarray:
+        """Both halves of a register, or one number."""
+        whole = "b32" if kind.endswith("x2") else "b16"
+        values = [self.read(one, whole).view("u2") for one in operands]
+        if kind == "u16x2":
+            result = {"add": np.add, "max": np.maximum, "min": np.minimum}[name](*values)
+        else:
+            assert name == "mul", name
+            a, b = (to_float64(value, kind.removesuffix("x2")).astype(np.float32) for value in values)
+            result = (a * b).astype(np.float16) if kind == "f16x2" else to_bf16(a * b)  # exact in fp32
+        return np.ascontiguousarray(result).view(dtype_of(whole))
+
+
+def to_float64(bits: np.ndarray, type_: str) -> np.ndarray:
+    """fp16 or bf16."""
+    assert type_ in ("f16", "bf16"), type_
+    return (bits.view(np.float16) if type_ == "f16" else of_bf16(bits)).astype(np.float64)
+
+
+def left_operand(registers: list[np.ndarray], type_: str) -> np.ndarray:
+    """A warp's part of it, [16, 16]."""
+    left = np.zeros((16, 16))
+    for i, register in enumerate(registers):
+        values = to_float64(register.view("u2").reshape(32, 2), type_)
+        for half in range(2):
+            left[LANES // 4 + 8 * (i % 2), 2 * (LANES % 4) + 8 * (i // 2) + half] = values[:, half]
+    return left
+
+
+def swizzled(address: np.ndarray, width: int) -> np.ndarray:
+    """Where in shared memory that is whose place without a swizzle of that width is ``address``."""
+    return address ^ ((address >> 7 & width // 16 - 1) << 4) if width > 16 else address
+
+
+def right_operand(descriptor: int, columns: int) -> np.ndarray:
+    """[16, columns, 2]: the two bytes of each element."""
+    start, stride, mode = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4, descriptor >> 62
+    assert mode == 1 and not descriptor >> 49 & 7, "a swizzle of 128 bytes, from a multiple of 1024 on"
+    k, n = np.arange(16)[:, None], np.arange(columns)[None, :]
+    address = start + n // 8 * stride + n % 8 * 128 + 2 * k
+    return swizzled(address, 128)[..., None] + np.arange(2)
+
+
+class Boxes:
+    """What copies a descriptor's boxes."""
+
+    def __init__(self, descriptor):
+        whole = torch.as_strided(descriptor.base, tuple(descriptor.shape), tuple(descriptor.strides))
+        self.data = whole.view(torch.int16 if whole.dtype.itemsize == 2 else torch.uint8).numpy()
+        self.size, self.swizzle = descriptor.block_shape, descriptor.layout.swizzle_byte_width
+
+    def box(self, first: list[int]) -> np.ndarray:
+        """As bytes; zeros beyond the tensor."""
+        result = np.zeros(self.size, self.data.dtype)
+        inside = [(max(at, 0), min(at + size, end)) for at, size, end in zip(first, self.size, self.data.shape)]
+        if all(low < high for low, high in inside):
+            to = tuple(slice(low - at, high - at) for at, (low, high) in zip(first, inside))
+            result[to] = self.data[tuple(slice(*one) for one in inside)]
+        return result.view("u1")
+
+
 class Program:
     """One of a launch's."""
 
-    SEVERAL = -2
-    """Warps have read there."""
-
-    def __init__(self, code, labels, params, memory, shared: int, index: int, count: int):
+    def __init__(self, code, labels, params, memory, shared: int, index: int, count: int, warps: int):
         self.code, self.labels, self.params, self.memory = code, labels, params, memory
-        self.index, self.count = index, count
+        self.index, self.count, self.warps = index, count, warps
         self.shared = np.full(max(shared, 1), 0xFF, np.uint8)
-        self.writer = np.full(len(self.shared), -1)
-        self.reader = np.full(len(self.shared), -1)
+        self.order = Order(len(self.shared), warps)
+        self.meetings: dict[int, Meeting] = {}
+        self.mbarriers: dict[int, Mbarrier] = {}
+        self.boxes: list[Callable[[], None]] = []
+        """Copies that are under way."""
 
-    def guard(self, warp: int, at: np.ndarray, size: int, writes: bool) -> None:
-        """Since the last barrier nobody else may have written what is read, or read or written what is written."""
-        where = (at[:, None] + np.arange(size, dtype=at.dtype)).ravel().astype(int)
-        for others in (self.writer[where], *([self.reader[where]] if writes else [])):
-            assert np.isin(others, (-1, warp)).all(), "two warps at one place of shared memory, and no barrier"
-        if writes:
-            self.writer[where] = warp
-        else:
-            self.reader[where] = np.where(np.isin(self.reader[where], (-1, warp)), warp, self.SEVERAL)
+    def meeting(self, number: int) -> Meeting:
+        return self.meetings.setdefault(number, Meeting(self.order))
 
-    def run(self, warps: int) -> None:
-        running = [Warp(self, i).run() for i in range(warps)]
+    def new_mbarrier(self, place: np.ndarray, count: int) -> None:
+        self.mbarriers[int(place[0])] = Mbarrier(self.order, count)
+
+    def mbarrier(self, place: np.ndarray) -> Mbarrier:
+        assert (place == place[0]).all()
+        return self.mbarriers[int(place[0])]
+
+    def run(self, chance: random.Random) -> None:
+        warps = [Warp(self, i) for i in range(self.warps)]
+        running = {warp: warp.run() for warp in warps}
+        waits: dict[Warp, Callable[[], bool] | None] = dict.fromkeys(warps)
         while running:
-            left = [warp for warp in running if next(warp, "ended") is None]
-            assert len(left) in (0, len(running)), "not all warps come to a barrier"
-            running = left
-            self.writer[:] = self.reader[:] = -1
+            ready = [warp for warp in running if waits[warp] is None or waits[warp]()]
+            under_way = [partial(self.boxes.pop, i) for i in range(len(self.boxes))]
+            under_way += [warp.copies.popleft for warp in warps if warp.copies]
+            under_way += [warp.finish_product for warp in warps if warp.products]
+            assert ready or under_way, "all warps wait"
+            chosen = chance.randrange(len(ready) + len(under_way))
+            if chosen >= len(ready):
+                copy = under_way[chosen - len(ready)]()
+                if copy is not None:
+                    copy()
+                continue
+            warp = ready[chosen]
+            try:
+                waits[warp] = next(running[warp])
+            except StopIteration:
+                assert not warp.products, "products that nobody waited for"
+                del running[warp]
+        assert not self.boxes, "copies that nobody waited for"
 
 
-def run(text: str, kernel, launch) -> None:
-    """The text of a bound launch on CPU tensors, of which ``compile_offline`` made ``kernel``."""
+def run(text: str, kernel, launch, seed: int = 0) -> None:
+    """The text of a bound launch on CPU tensors, of which ``compile_offline`` made ``kernel``; one program after the
+    other."""
     code, labels = statements(text)
-    given = [launch.arguments[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
-    kinds = [kind for kind in kernel.src.signature.values() if kind != "constexpr"]
     as_bits = {"i64": np.int64, "i32": np.int32, "fp32": np.float32}
-    params = [
-        np.uint64(x.data_ptr()) if isinstance(x, torch.Tensor) else as_bits[kind](x) for x, kind in zip(given, kinds)
-    ]
-    memory = Memory([x for x in given if isinstance(x, torch.Tensor)])
+    params, tensors = [], []
+    for name, kind in kernel.src.signature.items():
+        value = launch.arguments.get(name)
+        if isinstance(value, torch.Tensor):
+            params.append(np.uint64(value.data_ptr()))
+            tensors.append(value)
+        elif kind.startswith("tensordesc"):
+            params += [Boxes(value), *map(np.int32, value.shape), *map(np.int64, value.strides)]
+        elif kind != "constexpr":
+            params.append(as_bits[kind](value))
+    memory = Memory(tensors)
+    warps = int(re.search(r"\.reqntid (\d+)", text)[1]) // 32
+    chance = random.Random(seed)
     for index in range(launch.grid[0]):
-        program = Program(code, labels, params, memory, kernel.metadata.shared, index, launch.grid[0])
-        program.run(kernel.metadata.num_warps)
+        program = Program(code, labels, params, memory, kernel.metadata.shared, index, launch.grid[0], warps)
+        program.run(chance)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from forced_tiles import CASES, assert_like_the_reference
+from forced_tiles import CASES, assert_like_the_reference, warp_specialized
 from gpu import needs_gpu, on_gpu
 from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes
 from torch_mxfp8moe import reference
-from torch_mxfp8moe.configs import Gemm, Tiles
 
 pytestmark = [
     needs_gpu,
@@ -17,21 +16,8 @@ pytestmark = [
 ]
 
 
-def tiles(block_m: int, *gemms: tuple, gather: bool = False) -> Tiles:
-    """Each of ``gemms``: weight rows of a tile, columns of a stage, warps, stages, programs, turns if they are two."""
-    return Tiles(
-        None,
-        block_m,
-        *(
-            Gemm(rows // halves, columns, warps, stages, True, *others)
-            for halves, (rows, columns, warps, stages, *others) in zip((2, 1), gemms)
-        ),
-        gather=gather,
-    )
-
-
 TILES = {
-    f"{block_m} slots, {first}, {second}{', gathered' * gather}": tiles(block_m, first, second, gather=gather)
+    f"{block_m} slots, {first}, {second}{', gathered' * gather}": warp_specialized(block_m, first, second, gather)
     for block_m, first, second, gather in (
         (128, (128, 64, 4, 3, 2), (128, 64, 4, 4, 2), False),
         (128, (128, 64, 4, 4, 2), (128, 64, 4, 3, 2), False),

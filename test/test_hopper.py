@@ -1,13 +1,19 @@
-"""The product of sm_90 in which one warp loads, as far as it takes no GPU: assembly in it, and what checks the machine
-code that becomes of it."""
+"""The product of sm_90 in which one warp loads, as far as it takes no GPU: assembly in it, what checks the machine code
+that becomes of it, and its PTX, executed by test/ptx.py."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+import ptx
 import sass
-from helpers import assert_equal, only_cpu
+from forced_tiles import warp_specialized
+from helpers import assert_agrees, assert_equal, moe_inputs, only_cpu
+from torch_mxfp8moe import reference
+from torch_mxfp8moe.arguments import FusedMoe
+from torch_mxfp8moe.configs import Tiles
 
 pytestmark = only_cpu
 
@@ -217,3 +223,133 @@ def test_scale_bytes(count, block):
             pairs = torch.full((2 * count,), 127)
             pairs[i] = rare
             check(pairs.view(count, 1, 2), False)
+
+
+# The whole kernel, executed
+
+
+def in_product_order(x: torch.Tensor) -> torch.Tensor:
+    """Of [R, N], N a multiple of 64."""
+    from torch_mxfp8moe.backends.triton.memory import PRODUCT_ORDER
+
+    column = torch.arange(64)
+    position = sum((column >> bit & 1) << 5 - i for i, bit in enumerate(PRODUCT_ORDER))
+    return x.view(len(x), -1, 64)[:, :, position.argsort()].view(x.shape)
+
+
+def list_routes(call: FusedMoe, block_m: int) -> dict[str, torch.Tensor]:
+    """What the kernels of routing write, for local experts and routes that all go somewhere."""
+    ids = call.topk_ids.flatten().long()
+    end = ids.bincount(minlength=call.experts).cumsum(0)
+    offsets = torch.cat((end.new_zeros(1), end))
+    experts = range(call.experts)
+    tiles = [(expert, slot) for expert in experts for slot in range(offsets[expert], offsets[expert + 1], block_m)]
+    return dict(routes=ids.argsort(stable=True), offsets=offsets, tiles=torch.tensor(tiles))
+
+
+def execute(tiles: Tiles, inputs: dict, options: dict, seed: int = 0, change=lambda text: text) -> torch.Tensor:
+    """What both products' PTX makes of a call, with ``change`` to it; what comes before and after them is PyTorch's.
+    Two programs have all tiles."""
+    from torch_mxfp8moe.backends.triton import fused_moe
+    from torch_mxfp8moe.backends.triton.launch import compile_offline
+    from torch_mxfp8moe.backends.triton.targets import Target
+
+    target = Target("sm_90")
+    call = FusedMoe(**inputs, **options).check().with_out()
+    launches = fused_moe.plan(call, target, tiles).bind(call.inputs | {"out": call.out}, call.device)
+    launches = [launch for launch in launches if launch.kernel.__name__ == "warpgroup_gemm_kernel"]
+    first = launches[0].arguments
+    lists = list_routes(call, tiles.block_m)
+    first["tiles"].fill_(-1)
+    for name, values in lists.items():
+        first[name][: len(values)] = values
+    first["counters"].zero_()
+    x = call.hidden_states.float()
+    if call.activation_dtype == "mxfp8":
+        x = reference.dequantize_1x32(*reference.quantize_1x32(call.hidden_states), torch.float32)
+    routes = lists["routes"]
+    x = in_product_order(8 * x).bfloat16()  # HELD_TIMES is 2^3
+    if tiles.gather:
+        first["x"].copy_(x)
+    else:
+        first["x"].base.copy_(x[routes // call.topk])
+    for launch, kernel in zip(launches, compile_offline(launches, target)):
+        launch.arguments["out"].fill_(torch.nan)  # which is where x was, of the second one
+        text = change(kernel.asm["ptx"])
+        ptx.run(text, kernel, replace(launch, grid=(min(2, *launch.grid),)), seed)
+        assert not first["counters"].any()
+    terms = torch.empty(len(routes), call.hidden)
+    terms[routes] = launches[1].arguments["out"].float()
+    terms = terms.view(-1, call.topk, call.hidden)
+    if not call.apply_router_weight_on_input:
+        terms = terms * call.topk_weights.float()[..., None]
+    return terms.sum(1).to(call.result_dtype)
+
+
+EIGHT_SLOTS = warp_specialized(8, (64, 128, 4, 3, 2), (64, 128, 4, 3, 2))
+TURNS = warp_specialized(16, (64, 128, 4, 4, 1, 2), (64, 128, 4, 4, 1, 2))
+FULL_AND_HALF_FULL = warp_specialized(32, (128, 64, 4, 4, 2), (128, 64, 4, 3, 2))
+GATHERED = warp_specialized(32, (128, 64, 4, 4, 2), (128, 64, 4, 4, 2), gather=True)
+EIGHT_WARPS = warp_specialized(64, (256, 64, 8, 3, 1), (256, 64, 8, 4, 1), gather=True)
+EXECUTED = {
+    "8 slots": (EIGHT_SLOTS, dict(T=5, H=256, I=128, E=3, K=2), {}),
+    "8 slots, bf16 activations, half a step": (
+        EIGHT_SLOTS, dict(T=3, H=320, I=96, E=2, K=2), dict(activation_dtype="bf16")
+    ),
+    "turns": (TURNS, dict(T=4, H=384, I=192, E=2, K=2), {}),
+    "turns, fp32, an odd number of stages": (TURNS, dict(T=3, H=320, I=192, E=2, K=1, dtype=torch.float32), {}),
+    "full and half full": (
+        FULL_AND_HALF_FULL, dict(T=40, H=192, I=64, E=2, K=1, bias_dtype=torch.float32),
+        dict(swiglu_alpha=1.702, swiglu_beta=1.0, swiglu_limit=0.5),
+    ),
+    "gathered": (GATHERED, dict(T=20, H=192, I=64, E=2, K=2), {}),
+    "gathered, router weight on the input": (
+        GATHERED, dict(T=20, H=256, I=96, E=1, K=1, weight_dtype=torch.bfloat16),
+        dict(apply_router_weight_on_input=True),
+    ),
+    "gathered, eight warps": (EIGHT_WARPS, dict(T=36, H=192, I=160, E=2, K=2), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXECUTED)
+def test_executed(case):
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    tiles, sizes, options = EXECUTED[case]
+    inputs = moe_inputs(**sizes)
+    inputs["w1_scale"][0, ::7, 1] = torch.arange(4, dtype=torch.uint8).repeat(99)[: len(inputs["w1_scale"][0, ::7])]
+    want = reference.fused_moe(**inputs, **options)
+    assert want.isfinite().all() and want.any()
+    first = execute(tiles, inputs, options)
+    assert_agrees(first, want)
+    assert_equal(execute(tiles, inputs, options, seed=1), first)
+
+
+MUTATIONS = {
+    "a stage given back before all have read it": (GATHERED, r"\tbar\.sync[^\n]*\n", ""),
+    "not waited for a product": (EIGHT_SLOTS, r"wait_group\.sync\.aligned 1", "wait_group.sync.aligned 2"),
+    "not waited for a stage": (EIGHT_SLOTS, r"mbarrier\.try_wait\S* complete, ", "setp.eq.u32 complete, 0, 0; //"),
+    "no fence": (GATHERED, r"fence\.proxy\.async", "fence.proxy.async; //"),
+    "more bytes": (EIGHT_SLOTS, r"(expect_tx\S* _, \[\S+\]), (\d+)", r"\1, 1\2"),
+    "fewer arrivals": (GATHERED, r"(mbarrier\.init\S* \[\S+\]), 64", r"\1, 32"),
+    "more arrivals": (EIGHT_SLOTS, r"(mbarrier\.init\S* \[\S+\]), 1", r"\1, 2"),
+    "another scale": (EIGHT_SLOTS, r"(mad\.lo\.u32 \S+ \w+), 0x80,", r"\1, 0x40,"),
+    "a row that there is not": (EIGHT_SLOTS, r"min\.s32", "max.s32"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_execution_finds(name):
+    """Errors that are planted in the text."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    tiles, pattern, replacement = MUTATIONS[name]
+    inputs = moe_inputs(T=20, H=192, I=64, E=1, K=1) if tiles.gather else moe_inputs(T=3, H=640, I=64, E=1, K=1)
+
+    def change(text):
+        changed, count = re.subn(pattern, replacement, text)
+        assert count
+        return changed
+
+    want = reference.fused_moe(**inputs)
+    assert_agrees(execute(tiles, inputs, {}), want)
+    with pytest.raises(AssertionError):
+        assert_agrees(execute(tiles, inputs, {}, change=change), want)
