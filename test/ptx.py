@@ -541,7 +541,7 @@ class Warp:
         }  # fmt: skip
         if name in binary:
             return binary[name](*values)
-        assert name == "fma", f"{name}.{'.'.join(how)} is not known"
+        assert (name, *how) == ("fma", "rn", "f32"), f"{name}.{'.'.join(how)} is not known"
         return (values[0].astype(np.float64) * values[1] + values[2]).astype(np.float32)
 
 
