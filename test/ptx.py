@@ -66,7 +66,7 @@ class Memory:
     def _bytes(x: torch.Tensor) -> np.ndarray:
         elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
         start = x.storage_offset() * x.element_size()
-        flat = torch.empty(0, dtype=torch.uint8)
+        flat = torch.empty(0, dtype=torch.uint8, device="cpu")
         return flat.set_(x.untyped_storage(), start, (elements * x.element_size(),)).numpy()
 
     def find(self, address: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -81,9 +81,9 @@ class Memory:
 
 
 def statements(ptx: str) -> tuple[list[tuple], dict]:
-    """Of the only function: (predicate, its negation, opcode, operands), and where labels stand. A label within braces,
-    which inline assembly has, is known there only."""
-    body = ptx[ptx.index("{", ptx.index(".entry")) + 1 :]
+    """Of the only function, or of inline assembly: (predicate, its negation, opcode, operands), and where labels stand.
+    A label within braces, which inline assembly has, is known there only."""
+    body = ptx[ptx.index("{", ptx.index(".entry")) + 1 :] if ".entry" in ptx else ptx
     code, labels, tables = [], {}, {}
     scopes, opened, table, label = [0], 0, None, ""
     for line in body.splitlines():
@@ -130,6 +130,9 @@ def listed(operand: str) -> list[str]:
 class Warp:
     """One of a program's."""
 
+    width = 32
+    """Its lanes."""
+
     def __init__(self, program: "Program", number: int):
         self.program, self.number = program, number
         self.registers: dict[str, np.ndarray] = {}
@@ -154,12 +157,12 @@ class Warp:
             value = self.registers[name]
             return value.view(dtype) if value.dtype.itemsize == dtype.itemsize else value.astype(dtype)
         if name.startswith("0f"):
-            return np.full(32, int(name[2:], 16), np.uint32).view(np.float32)
+            return np.full(self.width, int(name[2:], 16), np.uint32).view(np.float32)
         number = int(name.removesuffix("U"), 0)
         if kind == "pred":
-            return np.full(32, bool(number))
+            return np.full(self.width, bool(number))
         size = 8 * dtype.itemsize
-        return np.full(32, number % (1 << size), f"u{size // 8}").view(dtype)
+        return np.full(self.width, number % (1 << size), f"u{size // 8}").view(dtype)
 
     def write(self, name: str, value: np.ndarray, mask: np.ndarray) -> None:
         value = np.ascontiguousarray(value)
@@ -183,7 +186,7 @@ class Warp:
             while True:
                 predicate, negated, opcode, operands = code[at]
                 at += 1
-                mask = np.ones(32, bool) if predicate is None else self.read(predicate, "pred") ^ negated
+                mask = np.ones(self.width, bool) if predicate is None else self.read(predicate, "pred") ^ negated
                 name = opcode.split(".")[0]
                 if name in ("bra", "ret"):
                     assert mask.all() or not mask.any(), f"lanes go different ways: {code[at - 1]}"
@@ -222,7 +225,7 @@ class Warp:
         if name == "mov" and operands[0].startswith("{"):
             parts = listed(operands[0])
             value = self.read(operands[1], kind)
-            value = value.view(f"u{value.dtype.itemsize // len(parts)}").reshape(32, -1)
+            value = value.view(f"u{value.dtype.itemsize // len(parts)}").reshape(self.width, -1)
             for part, one in enumerate(parts):
                 self.write(one, value[:, part], mask)
             return
@@ -230,7 +233,7 @@ class Warp:
             parts = listed(operands[1])
             part = f"b{8 * dtype_of(kind).itemsize // len(parts)}"
             value = np.stack([self.read(one, part) for one in parts], 1)
-            self.write(operands[0], value.view(dtype_of(kind)).reshape(32), mask)
+            self.write(operands[0], value.view(dtype_of(kind)).reshape(self.width), mask)
             return
         if name in ("mma", "wgmma"):
             return self._multiply(how, operands) if name == "mma" else self._send_product(how, operands)
@@ -303,8 +306,8 @@ class Warp:
             if mask.any():
                 size = int(self.read(operands[1], "u32")[mask][0])
                 assert size % 16 == 0
-                list(program.memory.find(self.address(operands[0], "u64")[mask][:1], 16))
-                list(program.memory.find(self.address(operands[0], "u64")[mask][:1] + np.uint64(size - 16), 16))
+                ends = self.address(operands[0], "u64")[mask][:1] + np.array([0, size - 16], np.uint64)
+                list(program.memory.find(ends, 16))
         else:
             assert how[:3] == ["async", "bulk", "tensor"] and how[5] == "global", how
             if mask.any():
@@ -464,7 +467,7 @@ class Warp:
 
     def _across(self, name: str, how: list[str], operands: list[str]) -> np.ndarray:
         if name == "vote" and how[1] == "any":
-            return np.full(32, self.read(operands[0], "pred").any())
+            return np.full(self.width, self.read(operands[0], "pred").any())
         if name == "vote":
             assert how[:2] == ["sync", "ballot"]
             bits = self.read(operands[0], "pred").astype(np.uint64) << LANES.astype(np.uint64)
@@ -481,10 +484,10 @@ class Warp:
             return self._computed_in_16_bits(name, kind, operands)
         if name == "prmt":
             a, b, selector = (self.read(one, "b32") for one in operands)
-            both = np.stack([a, b], 1).view("u1").reshape(32, 8)
+            both = np.stack([a, b], 1).view("u1").reshape(self.width, 8)
             chosen = np.stack([selector >> np.uint32(4 * i) for i in range(4)], 1)
             assert not (chosen & 8).any(), "a byte's sign is not known"
-            return np.take_along_axis(both, (chosen & 7).astype(int), 1).view("u4").reshape(32)
+            return np.take_along_axis(both, (chosen & 7).astype(int), 1).view("u4").reshape(self.width)
         if name == "setp" and len(how) == 3:  # and another predicate
             assert how[1] == "and"
             return self._computed("setp", [how[0], kind], kind, operands[:2]) & self.read(operands[2], "pred")
@@ -652,6 +655,17 @@ class Program:
                 assert not warp.products, "products that nobody waited for"
                 del running[warp]
         assert not self.boxes, "copies that nobody waited for"
+
+
+def evaluate(assembly: str, inputs: list[np.ndarray], outputs: int) -> dict[str, np.ndarray]:
+    """The registers that inline assembly leaves: its ``outputs`` are $0, ...; ``inputs`` come next, 32 bits of any
+    number of lanes, which are one warp."""
+    program = Program(*statements(f"{assembly}\nret;"), [], Memory([]), 0, 0, 1, 1)
+    warp = Warp(program, 0)
+    warp.width = len(inputs[0])
+    warp.registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    assert not list(warp.run()), "it waits for others"
+    return warp.registers
 
 
 def run(text: str, kernel, launch, seed: int = 0) -> None:

@@ -141,59 +141,6 @@ def test_what_is_told_too_early_is_seen(meeting, of):
         sass.check_told_in_order(meeting)
 
 
-def _halves(operation, *words: torch.Tensor) -> torch.Tensor:
-    """``operation`` on both 16 bits of each word."""
-    low, high = (operation(*(word >> shift & 0xFFFF for word in words)) & 0xFFFF for shift in (0, 16))
-    return low | high << 16
-
-
-def _prmt(a: torch.Tensor, b: torch.Tensor, selector: torch.Tensor) -> torch.Tensor:
-    assert not (selector & 0x8888).any()
-    chosen = [selector >> 4 * i & 7 for i in range(4)]
-    taken = [torch.where(byte < 4, a >> 8 * byte, b >> 8 * (byte - 4).clamp(0)) & 0xFF for byte in chosen]
-    return sum(byte << 8 * i for i, byte in enumerate(taken))
-
-
-def _product_of_bf16(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    a, b = (x.to(torch.uint16).view(torch.bfloat16).double() for x in (a, b))
-    return (a * b).float().bfloat16().view(torch.uint16).long()  # exact in fp32
-
-
-PTX = {
-    "mov.b32": lambda a: a,
-    "shl.b32": lambda a, b: a << b,
-    "add.u32": lambda a, b: a + b,
-    "mad.lo.u32": lambda a, b, c: a * b + c,
-    "prmt.b32": _prmt,
-    "add.u16x2": lambda a, b: _halves(torch.add, a, b),
-    "max.u16x2": lambda a, b: _halves(torch.maximum, a, b),
-    "min.u16x2": lambda a, b: _halves(torch.minimum, a, b),
-    "max.u16": torch.maximum,
-    "mul.bf16x2": lambda a, b: _halves(_product_of_bf16, a, b),
-    "setp.gt.u16": lambda a, b: (a > b).long(),
-    "vote.sync.any.pred": lambda a, _: a.any().long().expand_as(a),
-}
-
-
-def _run(assembly: str, inputs: list[torch.Tensor], outputs: int) -> tuple[list[torch.Tensor], bool]:
-    """What PTX without loops makes of the 32 bits in each lane of ``inputs``, and whether it takes its branch."""
-    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
-    branch = False
-    for line in assembly.strip("{}\n").splitlines():
-        name, _, rest = line.partition(" ")
-        if name == "@!rare":
-            branch = not registers["rare"].any()
-        if name in PTX and not branch:
-            to, *operands = re.findall(r"{.*?}|[^,; ]+", rest)
-            values = (registers[x] if x in registers else torch.full_like(inputs[0], int(x, 0)) for x in operands)
-            registers[to] = PTX[name](*values) & 0xFFFFFFFF
-            if to == "{low, high}":
-                registers |= {"low": registers[to] & 0xFFFF, "high": registers[to] >> 16}
-        else:
-            assert branch or name in (".reg", "@!rare", "done:"), line
-    return [registers[f"${i}"] for i in range(outputs)], branch
-
-
 @pytest.mark.parametrize("block", (0, 1))
 @pytest.mark.parametrize("count", (2, 4, 8))
 def test_scale_bytes(count, block):
@@ -210,10 +157,10 @@ def test_scale_bytes(count, block):
         junk = torch.randint(0, 2**32, pairs.shape[:2], generator=torch.Generator().manual_seed(0))
         words = junk & (0x00FF00FF << 8 * (1 - block)) | (pairs[..., 0] | pairs[..., 1] << 16) << 8 * block
         selectors = [selector.expand(words.shape[1])] * 2
-        got, taken = _run(assembly, [*words, *selectors], count)
-        assert taken == branch
-        halves = torch.stack([torch.stack((word & 0xFFFF, word >> 16), -1) for word in got])
-        assert_equal(halves.to(torch.uint16).view(torch.bfloat16), want[pairs])
+        registers = ptx.evaluate(assembly, [x.to(torch.uint32).numpy() for x in (*words, *selectors)], count)
+        assert registers["rare"].any() != branch
+        halves = torch.stack([torch.from_numpy(registers[f"${i}"].view("u2")).view(-1, 2) for i in range(count)])
+        assert_equal(halves.view(torch.bfloat16), want[pairs])
 
     for tried, branch in ((byte[usual], True), (byte, False)):
         pairs = torch.cartesian_prod(tried, tried)
@@ -230,11 +177,9 @@ def test_scale_bytes(count, block):
 
 def in_product_order(x: torch.Tensor) -> torch.Tensor:
     """Of [R, N], N a multiple of 64."""
-    from torch_mxfp8moe.backends.triton.memory import PRODUCT_ORDER
+    from torch_mxfp8moe.backends.triton.memory import in_product_order
 
-    column = torch.arange(64)
-    position = sum((column >> bit & 1) << 5 - i for i, bit in enumerate(PRODUCT_ORDER))
-    return x.view(len(x), -1, 64)[:, :, position.argsort()].view(x.shape)
+    return x[:, in_product_order.fn(torch.arange(x.shape[1]))]
 
 
 def list_routes(call: FusedMoe, block_m: int) -> dict[str, torch.Tensor]:
@@ -250,6 +195,7 @@ def list_routes(call: FusedMoe, block_m: int) -> dict[str, torch.Tensor]:
 def execute(tiles: Tiles, inputs: dict, options: dict, seed: int = 0, change=lambda text: text) -> torch.Tensor:
     """What both products' PTX makes of a call, with ``change`` to it; what comes before and after them is PyTorch's.
     Two programs have all tiles."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
     from torch_mxfp8moe.backends.triton import fused_moe
     from torch_mxfp8moe.backends.triton.launch import compile_offline
     from torch_mxfp8moe.backends.triton.targets import Target
@@ -313,7 +259,6 @@ EXECUTED = {
 
 @pytest.mark.parametrize("case", EXECUTED)
 def test_executed(case):
-    pytest.importorskip("triton", reason="needs Triton: pip install triton")
     tiles, sizes, options = EXECUTED[case]
     inputs = moe_inputs(**sizes)
     inputs["w1_scale"][0, ::7, 1] = torch.arange(4, dtype=torch.uint8).repeat(99)[: len(inputs["w1_scale"][0, ::7])]
@@ -342,7 +287,6 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_what_execution_finds(name):
     """Errors that are planted in the text."""
-    pytest.importorskip("triton", reason="needs Triton: pip install triton")
     tiles, pattern, replacement, message = MUTATIONS[name]
     inputs = moe_inputs(T=20, H=192, I=64, E=1, K=1) if tiles.gather else moe_inputs(T=3, H=640, I=64, E=1, K=1)
     want = reference.fused_moe(**inputs)
