@@ -534,7 +534,7 @@ class Warp:
                 "ge": np.greater_equal,
             }  # fmt: skip
             return compare[how[0]](a, b)
-        unary = dict(mov=lambda a: a, neg=lambda a: -a, abs=np.abs, ex2=np.exp2)
+        unary = dict(mov=lambda a: a, neg=lambda a: -a, abs=np.abs, ex2=np.exp2, rcp=np.reciprocal)
         unary["not"] = np.invert
         if name in unary:
             return unary[name](values[0])

@@ -172,6 +172,17 @@ def test_scale_bytes(count, block):
             check(pairs.view(count, 1, 2), False)
 
 
+@pytest.mark.parametrize("last, power", [("mov", 1), ("rcp.approx.ftz", -1)])
+def test_one_plus_power(last, power):
+    """Of all exponents, an infinity and NaN as well: no infinity becomes NaN."""
+    hopper = pytest.importorskip("torch_mxfp8moe.backends.triton.hopper", reason="needs Triton: pip install triton")
+    x = torch.tensor([-float("inf"), float("inf"), float("nan"), *torch.linspace(-150, 125, 1101)])
+    registers = ptx.evaluate(hopper.one_plus_power_assembly(last), [x.view(torch.uint32).numpy()], 1)
+    result = torch.from_numpy(registers["$0"].view("f4"))
+    torch.testing.assert_close(result, ((1 + x.double().exp2()) ** power).float(), rtol=3e-7, atol=0, equal_nan=True)
+    assert result[:2].tolist() == [1, float("inf") if power == 1 else 0] and result[2].isnan()
+
+
 # The whole kernel, executed
 
 
@@ -237,6 +248,7 @@ TURNS = warp_specialized(16, (64, 128, 4, 4, 1, 2), (64, 128, 4, 4, 1, 2))
 FULL_AND_HALF_FULL = warp_specialized(32, (128, 64, 4, 4, 2), (128, 64, 4, 3, 2))
 GATHERED = warp_specialized(32, (128, 64, 4, 4, 2), (128, 64, 4, 4, 2), gather=True)
 EIGHT_WARPS = warp_specialized(64, (256, 64, 8, 3, 1), (256, 64, 8, 4, 1), gather=True)
+MANY_SLOTS = warp_specialized(128, (256, 64, 8, 3, 1), (128, 64, 4, 4, 2), gather=True)
 EXECUTED = {
     "8 slots": (EIGHT_SLOTS, dict(T=5, H=256, I=128, E=3, K=2), {}),
     "8 slots, bf16 activations, half a step": (
@@ -254,6 +266,7 @@ EXECUTED = {
         dict(apply_router_weight_on_input=True),
     ),
     "gathered, eight warps": (EIGHT_WARPS, dict(T=36, H=192, I=160, E=2, K=2), {}),
+    "many slots, the next tile's scales early": (MANY_SLOTS, dict(T=90, H=320, I=160, E=3, K=2), {}),
 }  # fmt: skip
 
 

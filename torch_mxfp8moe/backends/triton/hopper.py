@@ -307,7 +307,7 @@ def _load(
     part. Of the second product's first tile it loads weights meanwhile; that tile was listed before the first
     product."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told, copied = work
+    pairs, columns, ends, told, copied = work
     counter = (counters + 2 * (HALVES - 1)).to(gl.int64, bitcast=True)
     BYTES: gl.constexpr = HALVES * BLOCK_N * COLUMNS
     COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
@@ -357,6 +357,7 @@ def _load(
                 mbarrier.wait(empty.index(stage), phase)
                 _put(pairs, stage, own)
                 _put(columns, stage, column_tile)
+                _put(ends, stage, first + slots)
                 if GATHER:
                     mbarrier.arrive(told.index(stage), count=1)
                     mbarrier.expect(full.index(stage), BYTES)
@@ -427,13 +428,13 @@ def _gather_step(tile, x, row, k, K: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def _gather(
-    x, ring, work, routes, offsets,
+    x, ring, work, routes,
     K: gl.constexpr, BLOCK_M: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, TOPK: gl.constexpr,
 ):  # fmt: skip
     """Beside the loader: the activations of all its stages, the row of each slot's token, zeros after an expert's; half
     of a tile that is at most half full."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told, copied = work
+    pairs, columns, ends, told, copied = work
     COPY: gl.constexpr = slots_of_a_copy(BLOCK_M)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     slot = gl.arange(0, COPY, layout=gl.SliceLayout(1, layout))
@@ -442,9 +443,8 @@ def _gather(
     mbarrier.wait(told.index(stage), phase)
     pair = _get(pairs, stage)
     while pair >= 0:
-        expert = pair.to(gl.int32)
         first = (pair >> 32).to(gl.int32)
-        end = gl.load(offsets + expert + 1)
+        end = _get(ends, stage)
         row0 = _rows_of_slots(routes, first + slot, end, K, TOPK)
         row1 = row0
         if COPY < BLOCK_M:
@@ -472,7 +472,7 @@ def _pass_on(ring, work, K: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.cons
     """Beside the loader: tells the other warps of each stage that is gathered, once a fence has made it visible to the
     matrix unit. A fence waits for all that its warp has under way, which is nothing here."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told, copied = work
+    pairs, columns, ends, told, copied = work
     stage = 0
     phase = 0
     mbarrier.wait(copied.index(stage), phase)
@@ -563,12 +563,13 @@ def _before(stage, STAGES: gl.constexpr, TURNS: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    ring, scales, rows0, rows1, trips, skipped, stage, phase,
+    ring, scales, rows0, rows1, word0, word1, trips, skipped, stage, phase,
     K: gl.constexpr, M: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
     STEPS: gl.constexpr, ORDER: gl.constexpr, HALVED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """The two products [GROUP, M] fp32 of a tile, and the next stage and phase. A word of scale bytes lasts for STEPS
-    steps. HALVED: of the same rows, one of every other step. TURNS is 2: of every other stage."""
+    steps; word0 and word1 are the first ones. HALVED: of the same rows, one of every other step. TURNS is 2: of every
+    other stage."""
     x_ring, w_ring, full, empty = ring
     TOTAL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[GROUP // 16, 1], instr_shape=[16, M, 16]
@@ -590,8 +591,6 @@ def _multiply(
     layout: gl.constexpr = gl.SliceLayout(2, _blocks_layout(GROUP, ORDER))
     block = gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, layout)), 0)
     selector = gl.zeros([GROUP, 2], gl.int32, layout) + (0x4040 if STEPS == 1 else 0x4240) + 0x0101 * block
-    word0 = _scale_words(scales, rows0, skipped, K, STEPS)
-    word1 = word0 if HALVED else _scale_words(scales, rows1, skipped, K, STEPS)
     if AHEAD == 2:
         ahead = gl.minimum(1, trips - 1) * TURNS + skipped
         next0 = _scale_words(scales, rows0, ahead, K, STEPS)
@@ -647,13 +646,28 @@ def _multiply(
     return total0, total1, stage, phase
 
 
+def one_plus_power_assembly(last: str) -> str:
+    """1 + 2^x, and what ``last`` makes of it."""
+    return f"""{{
+    .reg .f32 power;
+    ex2.approx.ftz.f32 power, $1;
+    add.rn.f32 power, power, 0f3F800000;
+    {last}.f32 $0, power;
+    }}"""
+
+
+_ONE_PLUS_POWER = gl.constexpr(tuple(one_plus_power_assembly(last) for last in ("mov", "rcp.approx.ftz")))
+"""The number itself, or its reciprocal, which is 0 where it would be below 2^-126."""
+
+
 @gluon.jit
-def _one_plus_exp(x):
-    """1 + e^x, fp32, the same bits as with ``gl.exp``, which takes care of an e^x too small to count."""
-    power = gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+def _swish(x, alpha, RECIPROCAL: gl.constexpr):
+    """x / (1 + e^(-alpha x)), fp32; RECIPROCAL: as a product."""
+    result = gl.inline_asm_elementwise(
+        _ONE_PLUS_POWER[RECIPROCAL], "=f,f", [alpha * x * -1.4426950408889634],
+        dtype=gl.float32, is_pure=True, pack=1,
     )  # fmt: skip
-    return 1.0 + power
+    return x * result if RECIPROCAL else x / result
 
 
 @gluon.jit
@@ -729,7 +743,7 @@ def _store(out, value, first, end, column, N: gl.constexpr):
 def _finish(
     total0, total1, ending, expert, first, end, column,
     N: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BIASED: gl.constexpr, WEIGHTED: gl.constexpr, HALVED: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr, RECIPROCAL: gl.constexpr, HALVED: gl.constexpr,
 ):  # fmt: skip
     """What becomes of a tile's products, as in :func:`.gemm.grouped_gemm_kernel`."""
     bias, out, routes, topk_weights, weights_stride, alpha, beta, limit = ending
@@ -752,7 +766,7 @@ def _finish(
         if LIMITED:  # comparisons that keep NaN
             total0 = gl.where(total0 > limit, limit, total0)
             total1 = gl.where(total1 > limit, limit, gl.where(total1 < -limit, -limit, total1))
-        result = total0 / _one_plus_exp(-alpha * total0) * (total1 + beta)
+        result = _swish(total0, alpha, RECIPROCAL) * (total1 + beta)
         if MXFP8 and HALVED:
             result = _one_block_mxfp8(result)
         elif MXFP8:
@@ -774,13 +788,12 @@ def _finish(
 
 
 @gluon.jit
-def _tile(
-    ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
-    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
-    COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
-    LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
+def _scales_of_tile(
+    w_scale, expert, n, K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+    STEPS: gl.constexpr, GATE_UP: gl.constexpr,
 ):  # fmt: skip
-    """A tile of M slots; the next stage and phase."""
+    """Where the scale bytes of a tile begin, as a pointer to pieces of a word, and how many pieces further on those of
+    each row of its products do."""
     ROWS: gl.constexpr = 2 * N if GATE_UP else N
     HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
     ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
@@ -793,10 +806,69 @@ def _tile(
     rows1 = rows0
     if not HALVED:
         rows1 = _scale_rows(n, N if GATE_UP else GROUP, GROUP, ROWS, WHOLE, ORDER, 0) * PIECES
+    return scales, rows0, rows1
+
+
+@gluon.jit
+def _own_words(number, steps, STEPS: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr):
+    """Of the words of scale bytes of tile ``number``: how many are this group's, and how many come before its first."""
+    trips = (steps + STEPS - 1) // STEPS
+    skipped = 0
+    if TURNS == 2:  # of an odd number of stages one more is the turn of whoever takes the first
+        skipped = (number * trips + TURN) & 1
+        trips = (trips + 1 - skipped) // 2
+    return trips, skipped
+
+
+@gluon.jit
+def _first_words(
+    work, w_scale, steps, stage, number,
+    K: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, STEPS: gl.constexpr,
+    GATE_UP: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
+):  # fmt: skip
+    """Of the tile that begins with a full stage, the first words of scale bytes. Where that says that there is no other
+    tile, some that there are."""
+    pair = _get(work[0], stage)
+    n = _get(work[1], stage) * BLOCK_N
+    _, skipped = _own_words(number, steps, STEPS, TURNS, TURN)
+    scales, rows0, rows1 = _scales_of_tile(
+        w_scale, gl.where(pair >= 0, pair.to(gl.int32), 0), gl.where(pair >= 0, n, 0),
+        K, N, BLOCK_N, GROUP, STEPS, GATE_UP,
+    )  # fmt: skip
+    word0 = _scale_words(scales, rows0, skipped, K, STEPS)
+    word1 = word0
+    if BLOCK_N * (2 if GATE_UP else 1) != GROUP:
+        word1 = _scale_words(scales, rows1, skipped, K, STEPS)
+    return word0, word1
+
+
+@gluon.jit
+def _tile(
+    ring, exchange, work, w_scale, ending, steps, expert, first, end, n, word0, word1, stage, phase, number,
+    K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
+    LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, RECIPROCAL: gl.constexpr,
+    EARLY: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
+):  # fmt: skip
+    """A tile of M slots; the next one's stage and phase, which is full. EARLY: word0 and word1 are the tile's first
+    words of scale bytes, and then the next one's, which are under way while products become what they are for."""
+    HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
+    ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
+    trips, skipped = _own_words(number, steps, STEPS, TURNS, TURN)
+    scales, rows0, rows1 = _scales_of_tile(w_scale, expert, n, K, N, BLOCK_N, GROUP, STEPS, GATE_UP)
+    if not EARLY:
+        word0, word1 = _first_words(
+            work, w_scale, steps, stage, number, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN
+        )  # fmt: skip
     total0, total1, stage, phase = _multiply(
-        ring, scales, rows0, rows1, trips, skipped, stage, phase,
+        ring, scales, rows0, rows1, word0, word1, trips, skipped, stage, phase,
         K, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS,
     )  # fmt: skip
+    if EARLY:
+        mbarrier.wait(ring[2].index(stage), phase)
+        word0, word1 = _first_words(
+            work, w_scale, steps, stage, number + 1, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN
+        )  # fmt: skip
     if HALVED:
         total0 += total1
     if TURNS == 2:
@@ -816,51 +888,54 @@ def _tile(
                 total1 += at1.load(total1.type.layout)
             mbarrier.arrive(received, count=1)
     if TURN == 0:
-        _finish(total0, total1, ending, expert, first, end, n, N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, HALVED)
-    return stage, phase
+        _finish(
+            total0, total1, ending, expert, first, end, n,
+            N, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED, RECIPROCAL, HALVED,
+        )  # fmt: skip
+    if not EARLY:
+        mbarrier.wait(ring[2].index(stage), phase)
+    return word0, word1, stage, phase
 
 
 @gluon.jit
 def _compute(
-    ring, exchange, work, w_scale, ending, steps, offsets,
+    ring, exchange, work, w_scale, ending, steps,
     K: gl.constexpr, N: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr, LIMITED: gl.constexpr,
-    BIASED: gl.constexpr, WEIGHTED: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
+    BIASED: gl.constexpr, WEIGHTED: gl.constexpr, RECIPROCAL: gl.constexpr, EARLY: gl.constexpr,
+    TURNS: gl.constexpr, TURN: gl.constexpr,
 ):  # fmt: skip
     """The other warps: each tile that the loader tells of. TURNS is 2: of all stages those of ``TURN``, whatever tiles
     they are of."""
     x_ring, w_ring, full, empty = ring
-    pairs, columns, told, copied = work
+    pairs, columns, ends, told, copied = work
     STEPS: gl.constexpr = _word_steps(K, COLUMNS, TURNS)
     stage = TURN
     phase = 0
     number = 0
     mbarrier.wait(full.index(stage), phase)
+    word0, word1 = _first_words(
+        work, w_scale, steps, stage, number, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN
+    )  # fmt: skip
     pair = _get(pairs, stage)
     while pair >= 0:
         expert = pair.to(gl.int32)
         first = (pair >> 32).to(gl.int32)
         n = _get(columns, stage) * BLOCK_N
-        end = gl.load(offsets + expert + 1)
-        trips = (steps + STEPS - 1) // STEPS
-        skipped = 0
-        if TURNS == 2:  # of an odd number of stages one more is the turn of whoever takes the first
-            skipped = (number * trips + TURN) & 1
-            trips = (trips + 1 - skipped) // 2
+        end = _get(ends, stage)
         if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
-            stage, phase = _tile(
-                ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
+            word0, word1, stage, phase = _tile(
+                ring, exchange, work, w_scale, ending, steps, expert, first, end, n, word0, word1, stage, phase, number,
                 K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                TURNS, TURN,
+                RECIPROCAL, EARLY, TURNS, TURN,
             )  # fmt: skip
         else:
-            stage, phase = _tile(
-                ring, exchange, w_scale, ending, trips, skipped, expert, first, end, n, stage, phase, number,
+            word0, word1, stage, phase = _tile(
+                ring, exchange, work, w_scale, ending, steps, expert, first, end, n, word0, word1, stage, phase, number,
                 K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                TURNS, TURN,
+                RECIPROCAL, EARLY, TURNS, TURN,
             )  # fmt: skip
         number += 1
-        mbarrier.wait(full.index(stage), phase)
         pair = _get(pairs, stage)
 
 
@@ -895,6 +970,7 @@ def warpgroup_gemm_kernel(
     work = (
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], scalars),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], scalars),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], scalars),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if GATHER else full,
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if GATHER else full,
     )
@@ -902,8 +978,8 @@ def warpgroup_gemm_kernel(
         mbarrier.init(full.index(i), count=2 if GATHER else 1)
         mbarrier.init(empty.index(i), count=1)
         if GATHER:
-            mbarrier.init(work[2].index(i), count=1)
-            mbarrier.init(work[3].index(i), count=32 * GATHERING)
+            mbarrier.init(work[3].index(i), count=1)
+            mbarrier.init(work[4].index(i), count=32 * GATHERING)
     BIASED: gl.constexpr = bias is not None
     WEIGHTED: gl.constexpr = topk_weights is not None
     ring = (x_ring, w_ring, full, empty)
@@ -925,23 +1001,28 @@ def warpgroup_gemm_kernel(
         weights_stride, alpha, beta, limit,
     )  # fmt: skip
     steps = (w.shape[3] + STEP - 1) // STEP
+    # With fewer slots memory is the limit: the next tile is not there yet, and waiting for it would come first. Four
+    # warps with gate and up have no registers for it.
+    EARLY: gl.constexpr = BLOCK_M > 64 and (gl.num_warps() == 8 or not GATE_UP)
+    # Shorter than a division. With this form of a tile Triton 3.9 would keep six words of a lane in memory for it.
+    RECIPROCAL: gl.constexpr = GATHER or BLOCK_M <= 64 or STAGES != 4
     if TURNS == 2:
         gl.warp_specialize(
             [
                 (
                     _compute,
                     (
-                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        ring, exchange, work, w_scale, ending, steps,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        2, 0,
+                        RECIPROCAL, EARLY, 2, 0,
                     ),
                 ),
                 (
                     _compute,
                     (
-                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        ring, exchange, work, w_scale, ending, steps,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        2, 1,
+                        RECIPROCAL, EARLY, 2, 1,
                     ),
                 ),
                 (
@@ -962,12 +1043,12 @@ def warpgroup_gemm_kernel(
                 (
                     _compute,
                     (
-                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        ring, exchange, work, w_scale, ending, steps,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        1, 0,
+                        RECIPROCAL, EARLY, 1, 0,
                     ),
                 ),
-                (_gather, (x, ring, work, routes, offsets, K, BLOCK_M, COLUMNS, STAGES, TOPK)),
+                (_gather, (x, ring, work, routes, K, BLOCK_M, COLUMNS, STAGES, TOPK)),
                 (
                     _load,
                     (
@@ -987,9 +1068,9 @@ def warpgroup_gemm_kernel(
                 (
                     _compute,
                     (
-                        ring, exchange, work, w_scale, ending, steps, offsets,
+                        ring, exchange, work, w_scale, ending, steps,
                         K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
-                        1, 0,
+                        RECIPROCAL, EARLY, 1, 0,
                     ),
                 ),
                 (
