@@ -556,6 +556,14 @@ def _scale_words(scales, rows, word, K: gl.constexpr, STEPS: gl.constexpr):
 
 
 @gluon.jit
+def _both_words(scales, rows0, rows1, word, K: gl.constexpr, STEPS: gl.constexpr, HALVED: gl.constexpr):
+    """:func:`_scale_words` of both products. HALVED: they have the same rows."""
+    word0 = _scale_words(scales, rows0, word, K, STEPS)
+    word1 = word0 if HALVED else _scale_words(scales, rows1, word, K, STEPS)
+    return word0, word1
+
+
+@gluon.jit
 def _before(stage, STAGES: gl.constexpr, TURNS: gl.constexpr):
     """The stage of the turn before."""
     return gl.where(stage >= TURNS, stage - TURNS, stage + (STAGES - TURNS))
@@ -593,21 +601,18 @@ def _multiply(
     selector = gl.zeros([GROUP, 2], gl.int32, layout) + (0x4040 if STEPS == 1 else 0x4240) + 0x0101 * block
     if AHEAD == 2:
         ahead = gl.minimum(1, trips - 1) * TURNS + skipped
-        next0 = _scale_words(scales, rows0, ahead, K, STEPS)
-        next1 = next0 if HALVED else _scale_words(scales, rows1, ahead, K, STEPS)
+        next0, next1 = _both_words(scales, rows0, rows1, ahead, K, STEPS, HALVED)
     for i in range(trips):
         values = _scale_values(word0, word1, selector, STEPS, HALVED)
         if AHEAD == 2:
             word0 = next0
             word1 = next1
             ahead = gl.minimum(i + 2, trips - 1) * TURNS + skipped
-            next0 = _scale_words(scales, rows0, ahead, K, STEPS)
-            next1 = next0 if HALVED else _scale_words(scales, rows1, ahead, K, STEPS)
+            next0, next1 = _both_words(scales, rows0, rows1, ahead, K, STEPS, HALVED)
         for step in gl.static_range(0, STEPS, 2 if HALVED else 1):
             if AHEAD == 1 and step == STEPS // 2:  # when half of the registers that values takes are free
                 ahead = gl.minimum(i + 1, trips - 1) * TURNS + skipped
-                word0 = _scale_words(scales, rows0, ahead, K, STEPS)
-                word1 = _scale_words(scales, rows1, ahead, K, STEPS)
+                word0, word1 = _both_words(scales, rows0, rows1, ahead, K, STEPS, HALVED)
             at = step // PARTS % STAGES if FIXED else stage
             before = (step // PARTS + STAGES - 1) % STAGES if FIXED else _before(stage, STAGES, TURNS)
             if step % PARTS == 0:
@@ -828,18 +833,16 @@ def _first_words(
 ):  # fmt: skip
     """Of the tile that begins with a full stage, the first words of scale bytes. Where that says that there is no other
     tile, some that there are."""
-    pair = _get(work[0], stage)
-    n = _get(work[1], stage) * BLOCK_N
+    pairs, columns, ends, told, copied = work
+    pair = _get(pairs, stage)
+    n = _get(columns, stage) * BLOCK_N
     _, skipped = _own_words(number, steps, STEPS, TURNS, TURN)
     scales, rows0, rows1 = _scales_of_tile(
         w_scale, gl.where(pair >= 0, pair.to(gl.int32), 0), gl.where(pair >= 0, n, 0),
         K, N, BLOCK_N, GROUP, STEPS, GATE_UP,
     )  # fmt: skip
-    word0 = _scale_words(scales, rows0, skipped, K, STEPS)
-    word1 = word0
-    if BLOCK_N * (2 if GATE_UP else 1) != GROUP:
-        word1 = _scale_words(scales, rows1, skipped, K, STEPS)
-    return word0, word1
+    HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
+    return _both_words(scales, rows0, rows1, skipped, K, STEPS, HALVED)
 
 
 @gluon.jit
