@@ -847,29 +847,26 @@ def _first_words(
 
 @gluon.jit
 def _tile(
-    ring, exchange, work, w_scale, ending, steps, expert, first, end, n, word0, word1, stage, phase, number,
+    ring, exchange, work, w_scale, ending, steps, expert, first, end, n, words, stage, phase, number,
     K: gl.constexpr, N: gl.constexpr, M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr,
     COLUMNS: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, GATE_UP: gl.constexpr, MXFP8: gl.constexpr,
     LIMITED: gl.constexpr, BIASED: gl.constexpr, WEIGHTED: gl.constexpr, RECIPROCAL: gl.constexpr,
     EARLY: gl.constexpr, TURNS: gl.constexpr, TURN: gl.constexpr,
 ):  # fmt: skip
-    """A tile of M slots; the next one's stage and phase, which is full. EARLY: word0 and word1 are the tile's first
-    words of scale bytes, and then the next one's, which are under way while products become what they are for."""
+    """A tile of M slots; the next one's stage and phase, which is full. EARLY: ``words`` are the tile's first ones of
+    scale bytes, and then the next one's, which are under way while products become what they are for."""
     HALVED: gl.constexpr = BLOCK_N * (2 if GATE_UP else 1) == GROUP
     ORDER: gl.constexpr = _row_order(GATE_UP, HALVED)
     trips, skipped = _own_words(number, steps, STEPS, TURNS, TURN)
     scales, rows0, rows1 = _scales_of_tile(w_scale, expert, n, K, N, BLOCK_N, GROUP, STEPS, GATE_UP)
-    if not EARLY:
-        word0, word1 = _first_words(
-            work, w_scale, steps, stage, number, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN
-        )  # fmt: skip
+    word0, word1 = words if EARLY else _both_words(scales, rows0, rows1, skipped, K, STEPS, HALVED)
     total0, total1, stage, phase = _multiply(
         ring, scales, rows0, rows1, word0, word1, trips, skipped, stage, phase,
         K, M, GROUP, STAGES, COLUMNS, STEPS, ORDER, HALVED, TURNS,
     )  # fmt: skip
     if EARLY:
         mbarrier.wait(ring[2].index(stage), phase)
-        word0, word1 = _first_words(
+        words = _first_words(
             work, w_scale, steps, stage, number + 1, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN
         )  # fmt: skip
     if HALVED:
@@ -897,7 +894,7 @@ def _tile(
         )  # fmt: skip
     if not EARLY:
         mbarrier.wait(ring[2].index(stage), phase)
-    return word0, word1, stage, phase
+    return words, stage, phase
 
 
 @gluon.jit
@@ -917,9 +914,9 @@ def _compute(
     phase = 0
     number = 0
     mbarrier.wait(full.index(stage), phase)
-    word0, word1 = _first_words(
-        work, w_scale, steps, stage, number, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN
-    )  # fmt: skip
+    words = ()
+    if EARLY:
+        words = _first_words(work, w_scale, steps, stage, number, K, N, BLOCK_N, GROUP, STEPS, GATE_UP, TURNS, TURN)
     pair = _get(pairs, stage)
     while pair >= 0:
         expert = pair.to(gl.int32)
@@ -927,14 +924,14 @@ def _compute(
         n = _get(columns, stage) * BLOCK_N
         end = _get(ends, stage)
         if BLOCK_M > 16 and end - first <= BLOCK_M // 2:
-            word0, word1, stage, phase = _tile(
-                ring, exchange, work, w_scale, ending, steps, expert, first, end, n, word0, word1, stage, phase, number,
+            words, stage, phase = _tile(
+                ring, exchange, work, w_scale, ending, steps, expert, first, end, n, words, stage, phase, number,
                 K, N, BLOCK_M // 2, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 RECIPROCAL, EARLY, TURNS, TURN,
             )  # fmt: skip
         else:
-            word0, word1, stage, phase = _tile(
-                ring, exchange, work, w_scale, ending, steps, expert, first, end, n, word0, word1, stage, phase, number,
+            words, stage, phase = _tile(
+                ring, exchange, work, w_scale, ending, steps, expert, first, end, n, words, stage, phase, number,
                 K, N, BLOCK_M, BLOCK_N, GROUP, COLUMNS, STAGES, STEPS, GATE_UP, MXFP8, LIMITED, BIASED, WEIGHTED,
                 RECIPROCAL, EARLY, TURNS, TURN,
             )  # fmt: skip
