@@ -332,7 +332,7 @@ class _Sorted(_Part):
         weights = self._weights(name)
         weights["w"] = Descriptor(
             weights["w"], (experts, halves, n, columns), (rows * columns, n * columns, columns, 1),
-            (1, halves, tile.block_n, box), swizzle=box,
+            (1, halves, tile.block_n, box), swizzle=box, l2_promotion=256,
         )  # fmt: skip
         gather = gate_up and self.tiles.gather
         slots = slots_of_a_copy(self.tiles.block_m)

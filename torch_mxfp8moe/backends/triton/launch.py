@@ -73,6 +73,8 @@ class Descriptor:
     block: tuple[int, ...]
     swizzle: int = 0
     """For a Gluon kernel, which is told how shared memory is laid out: the width of the swizzle, in bytes."""
+    l2_promotion: int = 128
+    """How many bytes a copy that misses the L2 cache brings there: 128 or, for a Gluon kernel, 256."""
 
     def of(self, base) -> Any:
         """Triton's descriptor, or Gluon's. ``base``: a tensor, or an :class:`_Address`."""
@@ -82,7 +84,12 @@ class Descriptor:
         from triton.experimental import gluon
 
         layout = gluon.language.NVMMASharedLayout(self.swizzle, 8 * base.dtype.itemsize, len(self.shape))
-        return gluon.nvidia.hopper.TensorDescriptor(*whole, layout)
+        descriptor = gluon.nvidia.hopper.TensorDescriptor(*whole, layout)
+        if self.l2_promotion != 128:
+            from .tensor_map import promote
+
+            promote(descriptor, self.l2_promotion)
+        return descriptor
 
     def tensor(self, memory: dict[str, torch.Tensor]) -> Any:
         return self.of(self.operand.tensor(memory))

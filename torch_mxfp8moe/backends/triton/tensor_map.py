@@ -1,0 +1,110 @@
+"""Tensor maps (TMA) with another L2 promotion than the one that Triton gives them.
+
+A copy that misses the L2 cache has it read as many bytes from memory as the copy's tensor map says
+(``CUtensorMapL2promotion``), if it needs that many or not. Triton (3.6 to 3.9) says 128, and has no way to ask for
+another number. So its function that makes a kernel's argument of a descriptor is wrapped: for a descriptor that
+:func:`promote` was told of, and for no other, the map's bytes become those that CUDA gives for that number, provided
+that they are what it gives for 128. Where they are not, or there is no such function, the map stays Triton's, with
+which the same is computed, slower.
+
+Source: CUDA driver API, ``cuTensorMapEncodeTiled``.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache, wraps
+from typing import Any
+
+from triton.backends.nvidia import driver as nvidia
+
+TRITONS = 128
+"""The bytes that Triton's maps promote to."""
+
+_PROMOTIONS = {128: 2, 256: 3}
+"""``CUtensorMapL2promotion``, by bytes."""
+
+_MAP_BYTES = 128
+"""Of a ``CUtensorMap``."""
+
+
+def promote(descriptor: Any, size: int) -> None:
+    """Have copies of a descriptor, Triton's or Gluon's, bring ``size`` bytes to L2 when they miss it: 128 or 256."""
+    assert size in _PROMOTIONS
+    _wrap_triton()
+    descriptor.l2_promotion = size
+    descriptor.made = None, None
+
+
+@cache
+def _wrap_triton() -> None:
+    """Wrap the function of Triton that makes tensor maps, once."""
+    module: Any = nvidia
+    make = getattr(module, "make_tensordesc_arg", None)
+    if make is None:
+        return
+
+    @wraps(make)
+    def with_promotion(descriptor, metadata, *rest):
+        size = getattr(descriptor, "l2_promotion", TRITONS)
+        if size == TRITONS or metadata is None:
+            return make(descriptor, metadata, *rest)
+        known_for, arguments = descriptor.made
+        if known_for is not metadata:  # Triton makes one for every launch
+            arguments = make(descriptor, metadata, *rest)
+            _set_promotion(arguments[0], descriptor, metadata, size)
+            descriptor.made = metadata, arguments
+        return arguments
+
+    module.make_tensordesc_arg = with_promotion
+
+
+def _place(tensor_map: Any) -> int:
+    """The address of the ``CUtensorMap`` in Triton's object, whose last member it is."""
+    return id(tensor_map) + type(tensor_map).__basicsize__ - _MAP_BYTES
+
+
+def _set_promotion(tensor_map: Any, descriptor: Any, metadata: dict, size: int) -> None:
+    """Make of Triton's map of a descriptor one that promotes to ``size`` bytes, if it is what it should be."""
+    encode = _encoder()
+    if encode is None:
+        return
+    what = (
+        nvidia.TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["elem_size"], descriptor.base.data_ptr(),
+        descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"],
+    )  # fmt: skip
+    place = _place(tensor_map)
+    if ctypes.string_at(place, _MAP_BYTES) == encode(*what, TRITONS):
+        ctypes.memmove(place, encode(*what, size), _MAP_BYTES)
+
+
+@cache
+def _encoder():
+    """:func:`_encode` by this machine's driver, or None."""
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    except (OSError, AttributeError):
+        return None
+
+    def encode(*what):
+        return _encode(function, *what)
+
+    return encode
+
+
+def _encode(
+    function, dtype: int, element: int, address: int, shape: Sequence[int], strides: Sequence[int],
+    block: Sequence[int], swizzle: int, size: int,
+) -> bytes:  # fmt: skip
+    """A ``CUtensorMap``, or nothing if CUDA does not take it. Strides are in elements of ``element`` bytes, lengths
+    begin with the outermost; beyond the tensor there are zeros."""
+    rank = len(shape)
+    room = ctypes.create_string_buffer(2 * _MAP_BYTES)
+    at = -(-ctypes.addressof(room) // _MAP_BYTES) * _MAP_BYTES
+    status = function(
+        ctypes.c_void_p(at), dtype, rank, ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*reversed(shape)),
+        (ctypes.c_uint64 * rank)(*(element * stride for stride in reversed(strides[:-1])), 0),
+        (ctypes.c_uint32 * rank)(*reversed(block)), (ctypes.c_uint32 * rank)(*[1] * rank),
+        0, swizzle, _PROMOTIONS[size], 0,
+    )  # fmt: skip
+    return b"" if status else ctypes.string_at(at, _MAP_BYTES)
