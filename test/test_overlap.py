@@ -177,7 +177,13 @@ def before_the_wait(text: str) -> tuple[set[str], set[str]]:
             names[inner] = names.get(inner, set()) | names.get(outer, set())
         result, right = (re.match(r"\s*(?:(%\w+)(?::\d+)? = )?(.*)", line.split(" loc(")[0])).groups()
         operands = re.findall(r"%\w+", right)
-        if re.match(r"tt\.load|ttng\.async_tma_copy_global_to_local|tt\.descriptor_load|ttg\.async_copy_global", right):
+        if right.startswith("tt.elementwise_inline_asm"):
+            operands = re.findall(r"%\w+", right[right.index(" {constraints") :])
+        if re.match(
+            r"tt\.load|ttng\.async_tma_copy_global_to_local|tt\.descriptor_load|ttg\.async_copy_global"
+            r'|tt\.elementwise_inline_asm "[^"]*\bld\.global',
+            right,
+        ):
             found[1].update(names.get(operands[0], set()))
         elif result:
             names[result] = names.get(result, set()).union(*(names.get(one, set()) for one in operands))

@@ -168,7 +168,8 @@ def check_route_by_route(ptx: str, launch) -> None:
     of activations; and scale bytes in pairs: as bytes that the loop carries on they would be put into one register,
     which waits for them."""
     assert ptx.count("mma.sync") == 32
-    assert ptx.count("ld.global.v4.b32") >= 2 * (8 + 1)
+    assert ptx.count("ld.global.L2::256B.v4.b32") >= 2 * 8
+    assert ptx.count("ld.global.v4.b32") >= 2
     if launch.kernel is down_mma_kernel and launch.arguments["N"] % 64 == 0:
         assert "ld.global.b16" in ptx and not re.search(r"ld\.global\S*\.b8", ptx)
 

@@ -110,6 +110,22 @@ _FROM_FP16 = gl.constexpr(
     }"""
 )
 
+_WORDS = gl.constexpr("ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];")
+
+_WORDS_WHERE = gl.constexpr(
+    """{
+    .reg .pred there;
+    setp.ne.b32 there, $5, 0;
+    mov.b32 $0, 0;
+    mov.b32 $1, 0;
+    mov.b32 $2, 0;
+    mov.b32 $3, 0;
+    @there ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];
+    }"""
+)
+"""Four words from an address on, all of them or where a number is not 0, and zeros elsewhere. If they are not in the L2
+cache 256 bytes are brought there: the same lanes, or their neighbours, read the others right after."""
+
 _NEIGHBOUR = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;")
 """What the other of the two lanes has that share a block."""
 
@@ -198,6 +214,26 @@ def _halves(x):
 
 
 @gluon.jit
+def _codes(words, mask, ALL: gl.constexpr):
+    """Four words from each of ``words`` [warps, 8, 4, 2, 4] on, pointers, [warps, 8, 4, 2, 4, 4] int32; zeros where not
+    ``mask``, unless ALL. Of weights, which no launch writes: the compiler may read them when it likes."""
+    WARPS: gl.constexpr = gl.num_warps()
+    address = words.to(gl.int64, bitcast=True)
+    if ALL:
+        w0, w1, w2, w3 = gl.inline_asm_elementwise(
+            _WORDS, "=r,=r,=r,=r,l", [address],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        w0, w1, w2, w3 = gl.inline_asm_elementwise(
+            _WORDS_WHERE, "=&r,=&r,=&r,=&r,l,r", [address, mask.to(gl.int32)],
+            dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    codes = gl.reshape(gl.join(gl.join(w0, w2), gl.join(w1, w3)), (WARPS, 8, 4, 2, 4, 4))
+    return gl.convert_layout(codes, _layout(WARPS, 2, 4, 4), assert_trivial=True)
+
+
+@gluon.jit
 def _weights(
     w, w_scale, expert, chunk, n, there,
     K: gl.constexpr, ROWS: gl.constexpr, APART: gl.constexpr, ALL: gl.constexpr,
@@ -210,19 +246,16 @@ def _weights(
     """
     WARPS: gl.constexpr = gl.num_warps()
     LANES: gl.constexpr = _layout(WARPS)
-    L: gl.constexpr = _layout(WARPS, 2, 4, 4)
+    F: gl.constexpr = _layout(WARPS, 2, 4)
     row = n + _along(1, 8, LANES)
     t = _along(2, 4, LANES)
     first = expert.to(gl.int64) * (ROWS * (K // 4)) + (row * (K // 4) + chunk * (CHUNK // 4) + 4 * t)
-    at = _of_lanes(first, L) + (APART * (K // 4) * _along(3, 2, L) + 16 * _along(4, 4, L) + _along(5, 4, L))
+    at = _of_lanes(first, F) + (APART * (K // 4) * _along(3, 2, F) + 16 * _along(4, 4, F))
     words = w.to(gl.pointer_type(gl.int32), bitcast=True) + at
+    column = _of_lanes(chunk * CHUNK + 16 * t, F) + 64 * _along(4, 4, F)
+    mask, words = gl.broadcast(_of_lanes(there, F) & (column < K), words)
+    codes = _codes(words, mask, ALL)
     block = chunk * (CHUNK // BLOCK) + 2 * t
-    if ALL:
-        codes = gl.load(words)
-    else:
-        column = _of_lanes(chunk * CHUNK + 16 * t, L) + 64 * _along(4, 4, L)
-        mask, words = gl.broadcast(_of_lanes(there, L) & (column < K), words)
-        codes = gl.load(words, mask=mask, other=0)
     P: gl.constexpr = _layout(WARPS, 2)
     there &= block < K // BLOCK
     # A pair as a number: bytes side by side in a register would have to be put there, which waits for them.
