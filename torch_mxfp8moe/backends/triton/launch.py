@@ -74,17 +74,18 @@ class Descriptor:
     swizzle: int = 0
     """For a Gluon kernel, which is told how shared memory is laid out: the width of the swizzle, in bytes."""
     l2_promotion: int = 128
-    """How many bytes a copy that misses the L2 cache brings there: 128 or, for a Gluon kernel, 256."""
+    """How many bytes a copy that misses the L2 cache brings there: 128 or 256."""
 
     def of(self, base) -> Any:
         """Triton's descriptor, or Gluon's. ``base``: a tensor, or an :class:`_Address`."""
         whole = base, list(self.shape), list(self.strides), list(self.block)
-        if not self.swizzle:
-            return TensorDescriptor(*whole)
-        from triton.experimental import gluon
+        if self.swizzle:
+            from triton.experimental import gluon
 
-        layout = gluon.language.NVMMASharedLayout(self.swizzle, 8 * base.dtype.itemsize, len(self.shape))
-        descriptor = gluon.nvidia.hopper.TensorDescriptor(*whole, layout)
+            layout = gluon.language.NVMMASharedLayout(self.swizzle, 8 * base.dtype.itemsize, len(self.shape))
+            descriptor = gluon.nvidia.hopper.TensorDescriptor(*whole, layout)
+        else:
+            descriptor = TensorDescriptor(*whole)
         if self.l2_promotion != 128:
             from .tensor_map import promote
 

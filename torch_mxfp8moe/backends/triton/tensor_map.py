@@ -49,11 +49,11 @@ def _wrap_triton() -> None:
         if size == TRITONS or metadata is None:
             return make(descriptor, metadata, *rest)
         known_for, arguments = descriptor.made
-        if known_for is not metadata:  # Triton makes one for every launch
+        if known_for != metadata:  # Triton makes one for every launch
             arguments = make(descriptor, metadata, *rest)
             _set_promotion(arguments[0], descriptor, metadata, size)
             descriptor.made = metadata, arguments
-        return arguments
+        return list(arguments)
 
     module.make_tensordesc_arg = with_promotion
 
