@@ -90,7 +90,7 @@ def test_a_map_becomes_the_promoted_one_once(product, made, monkeypatch):
     assert triton_makes(w, metadata["w"]) == first and len(made.maps) == 1
     (address, swizzle, element, dtype, block, shape, strides, padding) = made.asked[0]
     assert padding == 0
-    assert asked == [(dtype, element, address, shape, strides, block, swizzle, size) for size in (128, 256)]
+    assert asked == [(dtype, element, address, shape, strides, block, swizzle, size) for size in (256, 128)]
     first.clear()  # which Triton may do with what it gets
     assert len(triton_makes(w, dict(metadata["w"]))) == 9 and len(made.maps) == 1
     # Another kernel's tile may be another one.
@@ -115,6 +115,17 @@ def test_a_map_that_is_not_what_it_should_be_stays(product, made, monkeypatch):
     monkeypatch.setattr(tensor_map, "_encoder", lambda: None)
     assert triton_makes(w, metadata["w"] | dict(block_size=[1, 1, 32, 64]))[0].raw == b"\0" * SIZE
     assert len(made.maps) == 3
+
+
+def test_where_triton_tells_other_things_its_map_stays(product, made, monkeypatch):
+    arguments, metadata = product
+    asked = encoder(monkeypatch, b"\0" * SIZE)
+    tensor_map._set_promotion(ctypes.create_string_buffer(SIZE), arguments["w"], {}, 256)
+    monkeypatch.undo()
+    assert tensor_map._place(0) is None  # of what has no room for one
+    then = encoder(monkeypatch, b"\0" * SIZE)
+    tensor_map._set_promotion(0, arguments["w"], metadata["w"], 256)
+    assert asked == then == []
 
 
 def test_triton_launches_with_what_is_wrapped(product):

@@ -44,13 +44,14 @@ def _wrap_triton() -> None:
         return
 
     @wraps(make)
-    def with_promotion(descriptor, metadata, *rest):
+    def with_promotion(descriptor, *rest, **named):
         size = getattr(descriptor, "l2_promotion", TRITONS)
+        metadata = rest[0] if rest else None
         if size == TRITONS or metadata is None:
-            return make(descriptor, metadata, *rest)
+            return make(descriptor, *rest, **named)
         known_for, arguments = descriptor.made
         if known_for != metadata:  # Triton makes one for every launch
-            arguments = make(descriptor, metadata, *rest)
+            arguments = make(descriptor, *rest, **named)
             _set_promotion(arguments[0], descriptor, metadata, size)
             descriptor.made = metadata, arguments
         return list(arguments)
@@ -58,23 +59,27 @@ def _wrap_triton() -> None:
     module.make_tensordesc_arg = with_promotion
 
 
-def _place(tensor_map: Any) -> int:
-    """The address of the ``CUtensorMap`` in Triton's object, whose last member it is."""
-    return id(tensor_map) + type(tensor_map).__basicsize__ - _MAP_BYTES
+def _place(tensor_map: Any) -> int | None:
+    """The address of the ``CUtensorMap`` in Triton's object, whose last member it is; None if that is too small."""
+    size = type(tensor_map).__basicsize__
+    return id(tensor_map) + size - _MAP_BYTES if size > _MAP_BYTES else None
 
 
 def _set_promotion(tensor_map: Any, descriptor: Any, metadata: dict, size: int) -> None:
     """Make of Triton's map of a descriptor one that promotes to ``size`` bytes, if it is what it should be."""
-    encode = _encoder()
-    if encode is None:
+    encode, place = _encoder(), _place(tensor_map)
+    if encode is None or place is None:
         return
-    what = (
-        nvidia.TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["elem_size"], descriptor.base.data_ptr(),
-        descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"],
-    )  # fmt: skip
-    place = _place(tensor_map)
-    if ctypes.string_at(place, _MAP_BYTES) == encode(*what, TRITONS):
-        ctypes.memmove(place, encode(*what, size), _MAP_BYTES)
+    try:
+        what = (
+            nvidia.TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["elem_size"], descriptor.base.data_ptr(),
+            descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"],
+        )  # fmt: skip
+    except (AttributeError, KeyError):  # a later Triton's, who calls them otherwise
+        return
+    promoted = encode(*what, size)
+    if promoted and ctypes.string_at(place, _MAP_BYTES) == encode(*what, TRITONS):
+        ctypes.memmove(place, promoted, _MAP_BYTES)
 
 
 @cache
