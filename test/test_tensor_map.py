@@ -62,13 +62,13 @@ def made(monkeypatch):
     driver.set_active(before)
 
 
-def encoder(monkeypatch, before: bytes) -> list:
-    """CUDA gives ``before`` for 128 bytes, and 0x56 for 256; returned: what it was asked."""
+def encoder(monkeypatch, before: bytes, promoted: bytes = b"\x56" * SIZE) -> list:
+    """CUDA gives ``before`` for 128 bytes, and ``promoted`` for 256; returned: what it was asked."""
     asked = []
 
     def encode(*what):
         asked.append(what)
-        return {128: before, 256: b"\x56" * SIZE}[what[-1]]
+        return {128: before, 256: promoted}[what[-1]]
 
     monkeypatch.setattr(tensor_map, "_encoder", lambda: encode)
     return asked
@@ -112,9 +112,11 @@ def test_a_map_that_is_not_what_it_should_be_stays(product, made, monkeypatch):
     encoder(monkeypatch, b"")  # CUDA did not take it
     w = arguments["w"]
     assert triton_makes(w, metadata["w"] | dict(block_size=[1, 1, 64, 64]))[0].raw == b"\0" * SIZE
+    encoder(monkeypatch, b"\0" * SIZE, b"")
+    assert triton_makes(w, metadata["w"] | dict(block_size=[1, 1, 16, 64]))[0].raw == b"\0" * SIZE
     monkeypatch.setattr(tensor_map, "_encoder", lambda: None)
     assert triton_makes(w, metadata["w"] | dict(block_size=[1, 1, 32, 64]))[0].raw == b"\0" * SIZE
-    assert len(made.maps) == 3
+    assert len(made.maps) == 4
 
 
 def test_where_triton_tells_other_things_its_map_stays(product, made, monkeypatch):
