@@ -4,16 +4,11 @@ import pytest
 import torch
 
 from forced_tiles import CASES, assert_like_the_reference, warp_specialized
-from gpu import needs_gpu, on_gpu
+from gpu import needs_sm_90, on_gpu
 from helpers import OPS, assert_agrees, assert_equal, moe_inputs, random_bytes
 from torch_mxfp8moe import reference
 
-pytestmark = [
-    needs_gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 GPU"
-    ),
-]
+pytestmark = needs_sm_90
 
 
 TILES = {

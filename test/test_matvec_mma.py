@@ -9,7 +9,7 @@ import torch
 
 import ptx
 from forced_tiles import CASES, assert_like_the_reference
-from gpu import needs_gpu, on_gpu
+from gpu import needs_sm_90, on_gpu
 from helpers import DEVICE, OPS, assert_agrees, assert_equal, moe_inputs, random_bytes, same_bytes
 from torch_mxfp8moe import reference
 from torch_mxfp8moe.arguments import FusedMoe
@@ -23,12 +23,6 @@ from torch_mxfp8moe.backends.triton import _interpreted  # noqa: E402
 without_gpu = pytest.mark.skipif(
     DEVICE.type != "cpu" or _interpreted(), reason="compiled for CPU tensors, with TRITON_INTERPRET not set"
 )
-
-
-def on_sm_90(test):
-    """A test that needs that GPU."""
-    other = not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
-    return needs_gpu(pytest.mark.skipif(other, reason="needs an sm_90 GPU")(test))
 
 
 def tiles(up: int, down: int, **options) -> Tiles:
@@ -62,7 +56,7 @@ CASES = CASES | {
 }
 
 
-@on_sm_90
+@needs_sm_90
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_like_the_reference(case, tiles):
@@ -72,7 +66,7 @@ def test_like_the_reference(case, tiles):
         assert_like_the_reference(dict(T=T, H=512, I=256, E=5, K=2) | sizes, options, repeats=3, to=on_gpu)
 
 
-@on_sm_90
+@needs_sm_90
 @pytest.mark.parametrize("tiles", [TILES["1 and 2 warps"], TILES["4 and 8 warps"]], indirect=True)
 @pytest.mark.parametrize("scaled", (False, True))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
@@ -87,7 +81,7 @@ def test_rows_at_any_address(dtype, scaled, tiles):
         assert same_bytes(OPS.fused_moe(**inputs, backend="triton"), want), (first, stride)
 
 
-@on_sm_90
+@needs_sm_90
 @pytest.mark.parametrize("tiles", [TILES["1 and 2 warps"], TILES["16 and 4 warps, few registers"]], indirect=True)
 @pytest.mark.parametrize("activation_dtype", ("mxfp8", "bf16"))
 def test_every_code_with_every_scale(activation_dtype, tiles):
@@ -121,7 +115,7 @@ def test_every_code_with_every_scale(activation_dtype, tiles):
         assert_equal(inner, 200.0 * weight)
 
 
-@on_sm_90
+@needs_sm_90
 @pytest.mark.parametrize("tiles", [TILES["2 and 1 warps"], TILES["8 and 16 warps"]], indirect=True)
 def test_nan_and_infinity_stay_in_their_token_and_row(tiles):
     inputs = moe_inputs(T=5, H=576, I=288, E=5, K=2)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpu import needs_gpu, on_gpu
+from gpu import needs_sm_90, on_gpu
 from helpers import OPS, moe_inputs
 
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -156,10 +156,7 @@ def test_what_cuda_is_asked_for():
     assert asked[3] == (0, 3, 2, 0)
 
 
-@needs_gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an sm_90 GPU"
-)
+@needs_sm_90
 def test_on_a_gpu_cuda_gives_the_same_map_and_takes_the_other(monkeypatch):
     """Of a call's weights: the map was Triton's, and now is the one that CUDA gives for 256 bytes."""
     seen = []
@@ -175,11 +172,7 @@ def test_on_a_gpu_cuda_gives_the_same_map_and_takes_the_other(monkeypatch):
     OPS.fused_moe(**on_gpu(moe_inputs(T=70, H=832, I=416, E=5, K=2)), backend="triton")
     assert len(seen) == 2
     for descriptor, metadata, before, after in seen:
-        what = (
-            nvidia.TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["elem_size"], descriptor.base.data_ptr(),
-            descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"],
-        )  # fmt: skip
-        encode = tensor_map._encoder()
+        encode, what = tensor_map._encoder(), tensor_map._described(descriptor, metadata)
         assert before == encode(*what, 128) != encode(*what, 256) == after
 
 

@@ -73,8 +73,8 @@ class Descriptor:
     block: tuple[int, ...]
     swizzle: int = 0
     """For a Gluon kernel, which is told how shared memory is laid out: the width of the swizzle, in bytes."""
-    l2_promotion: int = 128
-    """How many bytes a copy that misses the L2 cache brings there: 128 or 256."""
+    l2_promotion: int | None = None
+    """How many bytes a copy that misses the L2 cache brings there (:mod:`.tensor_map`); None: as Triton has it."""
 
     def of(self, base) -> Any:
         """Triton's descriptor, or Gluon's. ``base``: a tensor, or an :class:`_Address`."""
@@ -86,7 +86,7 @@ class Descriptor:
             descriptor = gluon.nvidia.hopper.TensorDescriptor(*whole, layout)
         else:
             descriptor = TensorDescriptor(*whole)
-        if self.l2_promotion != 128:
+        if self.l2_promotion is not None:
             from .tensor_map import promote
 
             promote(descriptor, self.l2_promotion)

@@ -110,18 +110,18 @@ _FROM_FP16 = gl.constexpr(
     }"""
 )
 
-_WORDS = gl.constexpr("ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];")
-
+_FOUR_WORDS = "ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];"
+_WORDS = gl.constexpr(_FOUR_WORDS)
 _WORDS_WHERE = gl.constexpr(
-    """{
+    f"""{{
     .reg .pred there;
     setp.ne.b32 there, $5, 0;
     mov.b32 $0, 0;
     mov.b32 $1, 0;
     mov.b32 $2, 0;
     mov.b32 $3, 0;
-    @there ld.global.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];
-    }"""
+    @there {_FOUR_WORDS}
+    }}"""
 )
 """Four words from an address on, all of them or where a number is not 0, and zeros elsewhere. If they are not in the L2
 cache 256 bytes are brought there: the same lanes, or their neighbours, read the others right after."""

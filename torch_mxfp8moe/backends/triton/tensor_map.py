@@ -17,7 +17,7 @@ from typing import Any
 
 from triton.backends.nvidia import driver as nvidia
 
-TRITONS = 128
+_TRITONS = 128
 """The bytes that Triton's maps promote to."""
 
 _PROMOTIONS = {128: 2, 256: 3}
@@ -45,9 +45,9 @@ def _wrap_triton() -> None:
 
     @wraps(make)
     def with_promotion(descriptor, *rest, **named):
-        size = getattr(descriptor, "l2_promotion", TRITONS)
+        size = getattr(descriptor, "l2_promotion", None)
         metadata = rest[0] if rest else None
-        if size == TRITONS or metadata is None:
+        if size is None or metadata is None:
             return make(descriptor, *rest, **named)
         known_for, arguments = descriptor.made
         if known_for != metadata:  # Triton makes one for every launch
@@ -65,20 +65,25 @@ def _place(tensor_map: Any) -> int | None:
     return id(tensor_map) + size - _MAP_BYTES if size > _MAP_BYTES else None
 
 
+def _described(descriptor: Any, metadata: dict) -> tuple:
+    """What Triton's map of a descriptor says, as :func:`_encode` is told of it."""
+    return (
+        nvidia.TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["elem_size"], descriptor.base.data_ptr(),
+        descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"],
+    )  # fmt: skip
+
+
 def _set_promotion(tensor_map: Any, descriptor: Any, metadata: dict, size: int) -> None:
     """Make of Triton's map of a descriptor one that promotes to ``size`` bytes, if it is what it should be."""
     encode, place = _encoder(), _place(tensor_map)
     if encode is None or place is None:
         return
     try:
-        what = (
-            nvidia.TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["elem_size"], descriptor.base.data_ptr(),
-            descriptor.shape, descriptor.strides, metadata["block_size"], metadata["swizzle"],
-        )  # fmt: skip
+        what = _described(descriptor, metadata)
     except (AttributeError, KeyError):  # a later Triton's, who calls them otherwise
         return
     promoted = encode(*what, size)
-    if promoted and ctypes.string_at(place, _MAP_BYTES) == encode(*what, TRITONS):
+    if promoted and ctypes.string_at(place, _MAP_BYTES) == encode(*what, _TRITONS):
         ctypes.memmove(place, promoted, _MAP_BYTES)
 
 
