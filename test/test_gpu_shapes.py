@@ -1,12 +1,14 @@
 """On a GPU: real models' expert layers at full size, and the number format on many values, against the reference."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from gpu import needs_gpu
 from helpers import MODES, OPS, assert_agrees, same_bytes
 from shapes import rows
-from torch_mxfp8moe import reference
+from torch_mxfp8moe import configs, reference
 
 pytestmark = needs_gpu
 
@@ -22,11 +24,21 @@ IN_FULL = (
 )
 """Rows that run with every one of ``TOKENS``; the others run with a few."""
 
-CASES = [
-    pytest.param(name, T, marks=pytest.mark.xdist_group(name))  # one process makes a row's weights
-    for name in rows()
-    for T in (TOKENS if name in IN_FULL else FEW_TOKENS)
-]
+
+def last_tokens(row):
+    """The largest T, up to 8192, of each tile that an H100's file has for calls of ``row``."""
+    sizes = dict(hidden=row.hidden, intermediate=row.intermediate, experts=row.experts, topk=row.topk)
+    choose = partial(configs.choose, "sm_90", "mxfp8", **sizes, admits=lambda tiles: True)
+    return list({choose(tokens=T): T for T in range(1, 8193)}.values())
+
+
+def cases(tokens_of):
+    """(row, T); one process runs those of a row, whose weights it makes once."""
+    return [
+        pytest.param(name, T, marks=pytest.mark.xdist_group(name))
+        for name, row in rows().items()
+        for T in tokens_of(row)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,9 @@ def layer(request):
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("layer, T", CASES, indirect=["layer"], scope="module")
+@pytest.mark.parametrize(
+    "layer, T", cases(lambda row: TOKENS if row.name in IN_FULL else FEW_TOKENS), indirect=["layer"], scope="module"
+)
 def test_full_size(layer, T):
     """Every element, in bf16 and fp32, for both activation dtypes, uniform and very skewed routing; the same bits in
     three runs."""
@@ -57,6 +71,17 @@ def test_full_size(layer, T):
         assert_agrees(got, reference.fused_moe(**inputs, **options))
         for _ in range(2):
             assert same_bytes(got, OPS.fused_moe(**inputs, **options))
+
+
+@pytest.mark.parametrize("layer, T", cases(last_tokens), indirect=["layer"], scope="module")
+def test_every_tile(layer, T):
+    """Every element of a call with each tile of the file that a row's calls take; the same bits in three runs."""
+    row, weights = layer
+    inputs = row.tokens(T) | weights
+    got = OPS.fused_moe(**inputs, **row.options, backend="triton")
+    assert_agrees(got, reference.fused_moe(**inputs, **row.options))
+    for _ in range(2):
+        assert same_bytes(got, OPS.fused_moe(**inputs, **row.options))
 
 
 def test_the_sum_of_expert_parallel_ranks_is_the_whole():
