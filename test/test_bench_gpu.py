@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import json
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from expecttest import assert_expected_inline
 
 import device
 from helpers import PACKAGE, only_cpu, relative_l2, run_python
-from shapes import Row, rows
+from shapes import SHAPES, Row, rows
+from torch_mxfp8moe import configs
 
 TOOLS = PACKAGE.parent / "tools"
 if not TOOLS.exists():
@@ -25,6 +27,7 @@ from bench import report, timing  # noqa: E402
 from bench.report import HOST, STEP, WHOLE, Comparison, Figure  # noqa: E402
 
 pytestmark = only_cpu
+TILES = configs.FOLDER / "triton"
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
 WHY_NOT = device.why_not("interpreter")
@@ -72,6 +75,9 @@ def test_choices():
     assert args.peers == ["humming", "bf16", "bf16@aiter_gfx950", "mxfp8", "mxfp8@aiter_gfx950"]
     assert bench_gpu.parse(["--rows", "all"]).rows == rows()
     assert bench_gpu.parse(["--quick", "--tokens", "7", "7", "3"]).tokens == [7, 3]
+    args = bench_gpu.parse(["--peers", "humming", "mxfp8", "--tiles", f"{TILES}/sm_90.json", f"{TILES}/default.json"])
+    assert args.peers == ["humming", "mxfp8", "mxfp8:sm_90", "mxfp8:default"]
+    assert args.tiles["mxfp8:sm_90"] == configs.load("sm_90")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,9 @@ def test_choices():
         ("--rows all GLM-5", "--rows all goes without other rows"),
         ("--shapes nowhere.csv", "argument --shapes: [Errno 2] No such file or directory: 'nowhere.csv'"),
         ("--peers marlin", "invalid choice: 'marlin'"),
+        ("--tiles nowhere.json", "argument --tiles: [Errno 2] No such file or directory: 'nowhere.json'"),
+        (f"--tiles {SHAPES}", "argument --tiles: Expecting value: line 1 column 1"),
+        (f"--tiles {TILES}/sm_90.json {TILES}/../triton/sm_90.json", "--tiles takes files of different names"),
     ],
 )
 def test_what_it_refuses(argv, message, capsys):
@@ -402,13 +411,19 @@ def on_the_cpu(monkeypatch, *argv: str, humming=None):
     for name in ("synchronize", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda *args: None)
     original = bench_gpu.maker
-    monkeypatch.setattr(bench_gpu, "maker", lambda name: humming if name == "humming" else original(name))
+    made = lambda name, tiles: humming if name == "humming" else original(name, tiles)
+    monkeypatch.setattr(bench_gpu, "maker", made)
     return bench_gpu.Bench(bench_gpu.parse(list(argv)))
 
 
 @needs_interpreter
-def test_ours_in_the_interpreter():
-    """Both modes, another layout, steps by the plan, and the error of each against its own reference."""
+def test_ours_in_the_interpreter(tmp_path):
+    """Both modes, another layout, tiles of a file, steps by the plan, and the error of each against its own
+    reference."""
+    vector = {"block_n": 8, "block_k": 256, "num_warps": 4, "num_stages": 1}
+    by_route = {"rows_per_expert": 2, "block_m": 1, "gemm1": vector, "gemm2": vector}
+    file = tmp_path / "by_route.json"
+    file.write_text(json.dumps({"tiles": [by_route, *json.loads((TILES / "default.json").read_text())["tiles"]]}))
     code = f"""
 import sys
 sys.path.insert(0, {str(TOOLS)!r})
@@ -417,20 +432,21 @@ from test_bench_gpu import HOST, SMALL, STEP, WHOLE, bench_gpu, dataclasses, on_
 
 row = dataclasses.replace(SMALL, hidden=256, intermediate=128, experts=3, local=3)
 with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-    bench = on_the_cpu(patch, "--tokens", "3")
+    bench = on_the_cpu(patch, "--tokens", "3", "--tiles", {str(file)!r})
     patch.setattr(bench_gpu.timing, "calls_of", lambda T: 1)
-    bench.args.peers = ["mxfp8", "bf16@aiter_gfx950"]
+    bench.args.peers = ["mxfp8", "bf16@aiter_gfx950", "mxfp8:by_route"]
     bench.row(row)
 for f in bench.figures:
     own, other = (f.error_mxfp8, f.error_bf16) if f.peer.startswith("mxfp8") else (f.error_bf16, f.error_mxfp8)
     assert f.part != WHOLE or own < 5e-3 < other, f
-steps = [f.part.removeprefix(STEP) for f in bench.figures if f.peer == "bf16@aiter_gfx950" and f.part.startswith(STEP)]
-print([f.peer for f in bench.figures if f.part == WHOLE], steps, [f.peer for f in bench.figures if f.part == HOST])
+for peer in bench.args.peers:
+    print(*(f.part.removeprefix(STEP) for f in bench.figures if f.peer == peer and f.part.startswith(STEP)), sep=", ")
+print([f.peer for f in bench.figures if f.part == WHOLE], [f.peer for f in bench.figures if f.part == HOST])
 """
-    said = run_python(code, TRITON_INTERPRET="1").splitlines()[-1]
-    peers = ["mxfp8", "bf16@aiter_gfx950"]
-    steps = ["dispatch", "grouped_gemm w1", "grouped_gemm w2", "combine"]
-    assert said == f"{peers} {steps} ['mxfp8']"
+    *said, last = run_python(code, TRITON_INTERPRET="1").splitlines()[-4:]
+    sorted_routes = "dispatch, grouped_gemm w1, grouped_gemm w2, combine"
+    assert said == [sorted_routes, sorted_routes, "gate_up w1, down w2"]
+    assert last == "['mxfp8', 'bf16@aiter_gfx950', 'mxfp8:by_route'] ['mxfp8']"
 
 
 class Broken(bench_gpu.Peer):
@@ -514,6 +530,25 @@ geometric mean of mxfp8 over 2 points: 1.039
 geometric mean of bf16 over 2 points: 0.980
 BELOW 0.98: mxfp8, A, uniform, T=64: 0.900
 BELOW 0.98: bf16, A, uniform, T=1: 0.960""",
+    )
+
+
+def test_tiles_of_a_file_are_compared_with_the_configured_ones(capsys):
+    figures = [whole("mxfp8", T, 40.0) for T in (1, 2)]
+    figures += [whole("mxfp8:mine", T, us) for T, us in ((1, 32.0), (2, 50.0))]
+    assert bench_gpu.finish(figures, bench_gpu.parse([]), "", {}) == 0
+    assert_expected_inline(
+        capsys.readouterr().out,
+        """\
+
+no ratios: humming was not measured
+
+mxfp8's time over that with other tiles: above 1, that with other tiles is faster; ! marks what is below 0.98
+                                                             T       1       2    mean
+A, uniform                                   mxfp8:mine          1.250  0.800!   1.000
+geometric mean of mxfp8:mine over 2 points: 1.000
+BELOW 0.98: mxfp8:mine, A, uniform, T=2: 0.800
+""",
     )
 
 

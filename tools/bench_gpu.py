@@ -10,7 +10,8 @@ time to ours at each point and the geometric mean.
 The peers, all in this process, taking turns: mxfp8 and bf16, fused_moe with activations of either kind; humming, where
 the package humming-kernels is installed (bf16 activations; the sorting, SwiGLU and sum around its two products are
 tools/bench/glue.py, and its products are timed alone as well); grouped_mm, torch.nn.functional.grouped_mm on bf16
-weights in plain PyTorch; dot_scaled, our launches with the scaling left to tl.dot_scaled. A time is that of a replay of
+weights in plain PyTorch; dot_scaled, our launches with the scaling left to tl.dot_scaled; with --tiles, mxfp8 with the
+tiles of other files, each as mxfp8:NAME, and the ratio of mxfp8's time to it. A time is that of a replay of
 a CUDA graph of one call, L2 flushed before it; routings and experts rotate. Each step is timed alone, in one graph of
 many; together they may take longer than the call, in which they overlap.
 
@@ -19,6 +20,7 @@ for by name could not be measured, 3 if an error ended the run, which then repor
 """
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -32,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from bench import report, timing  # noqa: E402
-from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer  # noqa: E402
+from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer, Tiled  # noqa: E402
 from bench.report import HOST, STEP, WHOLE, Figure  # noqa: E402
 from options import add_rows, check_counts, settle_rows  # noqa: E402
 from shapes import Row  # noqa: E402
 from terminal import progress  # noqa: E402
+from torch_mxfp8moe import configs  # noqa: E402
 from torch_mxfp8moe.layouts import LAYOUTS  # noqa: E402
 
 DEFAULT_ROWS = ("MiniMax-M3 TP4", "Qwen3-30B-A3B TP1")
@@ -65,8 +68,19 @@ def floor(row: Row, works: list[tuple[int, int]], T: int, ceilings: timing.Ceili
     return max((weights + 4 * T * row.hidden) / ceilings.copy, operations / ceilings.rate), operations
 
 
-def maker(name: str):
-    """What makes the peer ``name``, from a row and its weights."""
+def tile_file(path: str) -> tuple[str, configs.Config]:
+    """The name of its peer, and what is in it."""
+    file = Path(path)
+    try:
+        return f"mxfp8:{file.stem}", configs.parse(file.name, json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def maker(name: str, tiles: dict[str, configs.Config]):
+    """What makes the peer ``name``, from a row and its weights. ``tiles``: of those that have a file of their own."""
+    if name in tiles:
+        return partial(Tiled, config=tiles[name])
     if name in ("grouped_mm", "dot_scaled"):
         return {"grouped_mm": GroupedMm, "dot_scaled": DotScaled}[name]
     if name == "humming":
@@ -127,7 +141,7 @@ class Bench:
             if name in self.failed:
                 continue
             progress(f"{row.name}: {name} makes its weights and compiles")
-            peer = self.attempt(name, row.name, lambda: maker(name)(row, weights))
+            peer = self.attempt(name, row.name, lambda: maker(name, self.args.tiles)(row, weights))
             if peer and self.attempt(name, row.name, lambda: peer.prepare(self.args.tokens) or True):
                 peers[name] = peer
         for routing in self.args.routing:
@@ -239,6 +253,8 @@ def finish(figures: list[Figure], args, title: str, failed: dict[str, str]) -> i
     ours = [name for name in dict.fromkeys(f.peer for f in figures) if name.partition("@")[0] in OURS]
     comparison = report.Comparison.of(figures, ours)
     print(f"\n{comparison}")
+    if tiled := [name for name in dict.fromkeys(f.peer for f in figures) if ":" in name]:
+        print(f"\n{report.Comparison.of(figures, tiled, 'mxfp8', 'that with other tiles')}")
     for name, reason in failed.items():
         print(f"!! {name} is missing from some or all points: {reason}")
     if args.picture and figures:
@@ -257,6 +273,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", default=["row_major"], choices=list(LAYOUTS),
                         help="of the weights of mxfp8 and bf16, each of which is then measured once for each layout, "
                         "as mxfp8@LAYOUT where it is not row_major (default row_major)")  # fmt: skip
+    parser.add_argument("--tiles", nargs="+", type=tile_file, default=[], metavar="FILE",
+                        help="tile files, as tune_gpu.py makes them, to measure beside the configured one")
     parser.add_argument("--repeat", type=int, default=41, help="timed replays of each; fewer of slow ones (default 41)")
     parser.add_argument("--flush", default="read", choices=timing.FLUSHES,
                         help="drive L2 out by reading, which leaves it clean; by writing, which makes the timed call "
@@ -281,11 +299,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.repeat = min(args.repeat, 11) if args.quick else args.repeat
     args.by_name = args.peers or []
     names = list(dict.fromkeys(args.peers or PEERS))
+    if len(args.tiles) > len(dict(args.tiles)):
+        parser.error("--tiles takes files of different names")
+    args.tiles = dict(args.tiles)
     args.peers = [
         name if layout == "row_major" else f"{name}@{layout}"
         for name in names
         for layout in (args.layouts if name in OURS else ["row_major"])
-    ]
+    ] + list(args.tiles)
     return args
 
 

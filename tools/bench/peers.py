@@ -10,7 +10,7 @@ import torch
 
 import torch_mxfp8moe
 from torch_mxfp8moe.arguments import FusedMoe
-from torch_mxfp8moe.configs import Gemm, Tiles
+from torch_mxfp8moe.configs import Config, Gemm, Tiles
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,19 @@ class Ours(Peer):
             out=call.out,
             steps=[(label(launch), bound.run) for launch, bound in zip(plan.launches, launches)],
         )
+
+
+class Tiled(Ours):
+    """mxfp8 with the tiles of another file."""
+
+    def __init__(self, row, weights: dict, config: Config):
+        super().__init__(row, weights)
+        self.config = config
+
+    def plan(self, call: FusedMoe, target):
+        from torch_mxfp8moe.backends.triton.fused_moe import choose, plan
+
+        return plan(call, target, choose(call, target, self.config))
 
 
 class DotScaled(Ours):

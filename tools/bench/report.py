@@ -97,20 +97,24 @@ def point_table(figures: list[Figure], activations: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The ratios of :data:`BASE`'s time to ours: above 1, ours is faster."""
+    """The ratios of one peer's time to those of others: above 1, they are faster."""
 
     ratios: dict[tuple[str, str, str], dict[int, float]]
     """By (row, routing, peer), then by T."""
+    base: str = BASE
+    """Whose time is above the line."""
+    whose: str = "ours"
+    """Times below it, in words."""
 
     @staticmethod
-    def of(figures: list[Figure], ours: list[str]) -> "Comparison":
+    def of(figures: list[Figure], ours: list[str], base: str = BASE, whose: str = "ours") -> "Comparison":
         whole = {(f.row, f.routing, f.peer, f.T): f.us for f in figures if f.part == WHOLE}
         ratios = {}
         for (row, routing, peer, T), us in whole.items():
-            base = whole.get((row, routing, BASE, T))
-            if peer in ours and base:
-                ratios.setdefault((row, routing, peer), {})[T] = base / us
-        return Comparison(ratios)
+            other = whole.get((row, routing, base, T))
+            if peer in ours and other:
+                ratios.setdefault((row, routing, peer), {})[T] = other / us
+        return Comparison(ratios, base, whose)
 
     @property
     def below(self) -> list[tuple[str, str, str, int, float]]:
@@ -124,10 +128,10 @@ class Comparison:
 
     def __str__(self) -> str:
         if not self.ratios:
-            return f"no ratios: {BASE} was not measured"
+            return f"no ratios: {self.base} was not measured"
         tokens = sorted({T for by_T in self.ratios.values() for T in by_T})
         lines = [
-            f"{BASE}'s time over ours: above 1, ours is faster; ! marks what is below {LEAST}",
+            f"{self.base}'s time over {self.whose}: above 1, {self.whose} is faster; ! marks what is below {LEAST}",
             f"{'T':>62}" + "".join(f"{T:>8}" for T in tokens) + f"{'mean':>8}",
         ]
         for (row, routing, peer), by_T in self.ratios.items():

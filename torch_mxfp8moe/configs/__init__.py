@@ -113,6 +113,17 @@ class Config:
         """Of a shape, in their order."""
         return self.shapes.get(shape, ()) + self.tiles
 
+    def choose(
+        self, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int,
+        admits: Callable[[Tiles], bool] = lambda tiles: tiles.kernels == "gemm",
+    ) -> Tiles:  # fmt: skip
+        """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over. ``admits`` says
+        whether the kernels that some tiles are for take the call."""
+        for tiles in self.rules((hidden, intermediate, experts, topk)):
+            if tiles.serves(tokens, topk, experts) and admits(tiles):
+                return tiles
+        raise AssertionError("the last rule has no limit")
+
 
 def _power_of_two(where: str, name: str, value: object, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high or value & (value - 1):
@@ -234,14 +245,6 @@ def load(arch: str, activation_dtype: str = "mxfp8") -> Config:
     return parse(path.name, json.loads(path.read_text()))
 
 
-def choose(
-    arch: str, activation_dtype: str, *, tokens: int, hidden: int, intermediate: int, experts: int, topk: int,
-    admits: Callable[[Tiles], bool] = lambda tiles: tiles.kernels == "gemm",
-) -> Tiles:  # fmt: skip
-    """The tiles of a call with these sizes; ``experts`` are those that the tokens spread over. ``admits`` says whether
-    the kernels that some tiles are for take the call."""
-    config = load(arch, activation_dtype)
-    for tiles in config.rules((hidden, intermediate, experts, topk)):
-        if tiles.serves(tokens, topk, experts) and admits(tiles):
-            return tiles
-    raise AssertionError("the last rule has no limit")
+def choose(arch: str, activation_dtype: str, **call) -> Tiles:
+    """What :meth:`Config.choose` gives, with the file for ``arch``."""
+    return load(arch, activation_dtype).choose(**call)

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
 
 from ... import configs
 from ...arguments import FusedMoe
-from ...configs import Gemm, Tiles
+from ...configs import Config, Gemm, Tiles
 from ...formats import BLOCK, rounded_to_fp32
 from ...layouts import LAYOUTS
 from .gemm import grouped_gemm_kernel
@@ -441,14 +442,19 @@ def admits(call: FusedMoe, target: Target, tiles: Tiles) -> bool:
     return call.hidden % 64 == 0
 
 
+def choose(call: FusedMoe, target: Target, config: Config | None = None) -> Tiles:
+    """The tiles of ``call``: those of ``config``, or the configured ones."""
+    pick = partial(configs.choose, target.arch, call.activation_dtype) if config is None else config.choose
+    return pick(
+        tokens=call.tokens, hidden=call.hidden, intermediate=call.intermediate,
+        experts=max(call.experts, call.global_experts), topk=call.topk,
+        admits=lambda tiles: admits(call, target, tiles),
+    )  # fmt: skip
+
+
 def plan(call: FusedMoe, target: Target, tiles: Tiles | None = None) -> Plan:
     """What computes ``call`` and all calls of the same kind; ``tiles`` instead of the configured ones."""
-    if tiles is None:
-        tiles = configs.choose(
-            target.arch, call.activation_dtype, tokens=call.tokens, hidden=call.hidden,
-            intermediate=call.intermediate, experts=max(call.experts, call.global_experts), topk=call.topk,
-            admits=lambda tiles: admits(call, target, tiles),
-        )  # fmt: skip
+    tiles = choose(call, target) if tiles is None else tiles
     size = 4 if torch.float32 in (call.result_dtype, target.operand) else 2
     token_bytes = call.topk * (size * call.hidden + 2 * call.intermediate)
     step = max(1, LARGEST_WORKSPACE // token_bytes)
