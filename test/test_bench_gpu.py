@@ -543,7 +543,7 @@ def test_tiles_of_a_file_are_compared_with_the_configured_ones(capsys):
 
 no ratios: humming was not measured
 
-mxfp8's time over that with other tiles: above 1, that with other tiles is faster; ! marks what is below 0.98
+mxfp8's time over the file's: above 1, the file's is faster; ! marks what is below 0.98
                                                              T       1       2    mean
 A, uniform                                   mxfp8:mine          1.250  0.800!   1.000
 geometric mean of mxfp8:mine over 2 points: 1.000

@@ -254,7 +254,7 @@ def finish(figures: list[Figure], args, title: str, failed: dict[str, str]) -> i
     comparison = report.Comparison.of(figures, ours)
     print(f"\n{comparison}")
     if tiled := [name for name in dict.fromkeys(f.peer for f in figures) if ":" in name]:
-        print(f"\n{report.Comparison.of(figures, tiled, 'mxfp8', 'that with other tiles')}")
+        print("", report.Comparison.of(figures, tiled, "mxfp8", "the file's"), sep="\n")
     for name, reason in failed.items():
         print(f"!! {name} is missing from some or all points: {reason}")
     if args.picture and figures:
