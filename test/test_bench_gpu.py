@@ -28,6 +28,7 @@ from bench.report import HOST, STEP, WHOLE, Comparison, Figure  # noqa: E402
 
 pytestmark = only_cpu
 TILES = configs.FOLDER / "triton"
+CANDIDATES = TOOLS / "bench" / "candidates" / "sm_90.json"
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
 WHY_NOT = device.why_not("interpreter")
@@ -78,6 +79,7 @@ def test_choices():
     args = bench_gpu.parse(["--peers", "humming", "mxfp8", "--tiles", f"{TILES}/sm_90.json", f"{TILES}/default.json"])
     assert args.peers == ["humming", "mxfp8", "mxfp8:sm_90", "mxfp8:default"]
     assert args.tiles["mxfp8:sm_90"] == configs.load("sm_90")
+    assert args.by_name == args.peers
 
 
 @pytest.mark.parametrize(
@@ -89,8 +91,9 @@ def test_choices():
         ("--rows all GLM-5", "--rows all goes without other rows"),
         ("--shapes nowhere.csv", "argument --shapes: [Errno 2] No such file or directory: 'nowhere.csv'"),
         ("--peers marlin", "invalid choice: 'marlin'"),
-        ("--tiles nowhere.json", "argument --tiles: [Errno 2] No such file or directory: 'nowhere.json'"),
-        (f"--tiles {SHAPES}", "argument --tiles: Expecting value: line 1 column 1"),
+        ("--tiles nowhere.json", "argument --tiles: nowhere.json: [Errno 2] No such file or directory"),
+        (f"--tiles {SHAPES}", f"argument --tiles: {SHAPES}: Expecting value: line 1 column 1"),
+        (f"--tiles {CANDIDATES}", f"argument --tiles: {CANDIDATES}: "),
         (f"--tiles {TILES}/sm_90.json {TILES}/../triton/sm_90.json", "--tiles takes files of different names"),
     ],
 )

@@ -75,13 +75,16 @@ def test_full_size(layer, T):
 
 @pytest.mark.parametrize("layer, T", cases(last_tokens), indirect=["layer"], scope="module")
 def test_every_tile(layer, T):
-    """Every element of a call with each tile of the file that a row's calls take; the same bits in three runs."""
+    """Every element of a call with each tile of the file that a row's calls take, for both activation dtypes; the same
+    bits in three runs."""
     row, weights = layer
     inputs = row.tokens(T) | weights
-    got = OPS.fused_moe(**inputs, **row.options, backend="triton")
-    assert_agrees(got, reference.fused_moe(**inputs, **row.options))
-    for _ in range(2):
-        assert same_bytes(got, OPS.fused_moe(**inputs, **row.options))
+    for activation in MODES:
+        options = row.options | dict(activation_dtype=activation)
+        got = OPS.fused_moe(**inputs, **options, backend="triton")
+        assert_agrees(got, reference.fused_moe(**inputs, **options))
+        for _ in range(2):
+            assert same_bytes(got, OPS.fused_moe(**inputs, **options))
 
 
 def test_the_sum_of_expert_parallel_ranks_is_the_whole():

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "test"))
 
 import torch_mxfp8moe  # noqa: E402
 from bench import report, timing  # noqa: E402
-from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer, Tiled  # noqa: E402
+from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer  # noqa: E402
 from bench.report import HOST, STEP, WHOLE, Figure  # noqa: E402
 from options import add_rows, check_counts, settle_rows  # noqa: E402
 from shapes import Row  # noqa: E402
@@ -73,14 +73,14 @@ def tile_file(path: str) -> tuple[str, configs.Config]:
     file = Path(path)
     try:
         return f"mxfp8:{file.stem}", configs.parse(file.name, json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
 
 
 def maker(name: str, tiles: dict[str, configs.Config]):
     """What makes the peer ``name``, from a row and its weights. ``tiles``: of those that have a file of their own."""
     if name in tiles:
-        return partial(Tiled, config=tiles[name])
+        return partial(Ours, config=tiles[name])
     if name in ("grouped_mm", "dot_scaled"):
         return {"grouped_mm": GroupedMm, "dot_scaled": DotScaled}[name]
     if name == "humming":
@@ -274,7 +274,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="of the weights of mxfp8 and bf16, each of which is then measured once for each layout, "
                         "as mxfp8@LAYOUT where it is not row_major (default row_major)")  # fmt: skip
     parser.add_argument("--tiles", nargs="+", type=tile_file, default=[], metavar="FILE",
-                        help="tile files, as tune_gpu.py makes them, to measure beside the configured one")
+                        help="tile files of mxfp8 activations, as tune_gpu.py makes them, to measure beside the "
+                        "configured one")  # fmt: skip
     parser.add_argument("--repeat", type=int, default=41, help="timed replays of each; fewer of slow ones (default 41)")
     parser.add_argument("--flush", default="read", choices=timing.FLUSHES,
                         help="drive L2 out by reading, which leaves it clean; by writing, which makes the timed call "
@@ -297,11 +298,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--picture needs matplotlib (pip install matplotlib); --read draws a --csv file elsewhere")
     args.tokens = list(dict.fromkeys(args.tokens or (QUICK_TOKENS if args.quick else TOKENS)))
     args.repeat = min(args.repeat, 11) if args.quick else args.repeat
-    args.by_name = args.peers or []
     names = list(dict.fromkeys(args.peers or PEERS))
     if len(args.tiles) > len(dict(args.tiles)):
         parser.error("--tiles takes files of different names")
     args.tiles = dict(args.tiles)
+    args.by_name = [*(args.peers or []), *args.tiles]
     args.peers = [
         name if layout == "row_major" else f"{name}@{layout}"
         for name in names

@@ -76,16 +76,18 @@ def in_layout(weights: dict, layout: str) -> dict:
 
 
 class Ours(Peer):
-    """The plan of the Triton backend."""
+    """The plan of the Triton backend, with the configured tiles or those of ``config``."""
 
-    def __init__(self, row, weights: dict, activations: str = "mxfp8", layout: str = "row_major"):
+    def __init__(
+        self, row, weights: dict, activations: str = "mxfp8", layout: str = "row_major", config: Config | None = None
+    ):
         super().__init__(row, in_layout(weights, layout))
-        self.activations, self.layout = activations, layout
+        self.activations, self.layout, self.config = activations, layout, config
 
     def plan(self, call: FusedMoe, target):
-        from torch_mxfp8moe.backends.triton.fused_moe import plan
+        from torch_mxfp8moe.backends.triton.fused_moe import choose, plan
 
-        return plan(call, target)
+        return plan(call, target, choose(call, target, self.config))
 
     def call(self, tokens: dict) -> FusedMoe:
         options = dict(self.row.options, activation_dtype=self.activations, layout=self.layout)
@@ -103,19 +105,6 @@ class Ours(Peer):
             out=call.out,
             steps=[(label(launch), bound.run) for launch, bound in zip(plan.launches, launches)],
         )
-
-
-class Tiled(Ours):
-    """mxfp8 with the tiles of another file."""
-
-    def __init__(self, row, weights: dict, config: Config):
-        super().__init__(row, weights)
-        self.config = config
-
-    def plan(self, call: FusedMoe, target):
-        from torch_mxfp8moe.backends.triton.fused_moe import choose, plan
-
-        return plan(call, target, choose(call, target, self.config))
 
 
 class DotScaled(Ours):
