@@ -20,7 +20,6 @@ for by name could not be measured, 3 if an error ended the run, which then repor
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -36,7 +35,7 @@ import torch_mxfp8moe  # noqa: E402
 from bench import report, timing  # noqa: E402
 from bench.peers import Bound, DotScaled, GroupedMm, Ours, Peer  # noqa: E402
 from bench.report import HOST, STEP, WHOLE, Figure  # noqa: E402
-from options import add_rows, check_counts, settle_rows  # noqa: E402
+from options import add_rows, check_counts, read_json, settle_rows  # noqa: E402
 from shapes import Row  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
@@ -71,10 +70,7 @@ def floor(row: Row, works: list[tuple[int, int]], T: int, ceilings: timing.Ceili
 def tile_file(path: str) -> tuple[str, configs.Config]:
     """The name of its peer, and what is in it."""
     file = Path(path)
-    try:
-        return f"mxfp8:{file.stem}", configs.parse(file.name, json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+    return f"mxfp8:{file.stem}", read_json(path, partial(configs.parse, file.name))
 
 
 def maker(name: str, tiles: dict[str, configs.Config]):

@@ -1,8 +1,10 @@
 """Options that programs beside this one share."""
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from shapes import DEFAULTS, NEEDED, Row, rows
 
@@ -43,6 +45,15 @@ def settle_rows(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         if name not in known:
             parser.error(f"--rows: there is no row {name!r}; there are {', '.join(known)}")
     args.rows = {name: known[name] for name in names}
+
+
+def read_json(path: str, check: Callable[[Any], Any]) -> Any:
+    """What ``check`` makes of a JSON file, for an option's type: what either objects to ends the program, with the
+    file's name."""
+    try:
+        return check(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
 
 
 def check_counts(parser: argparse.ArgumentParser, option: str, counts: Sequence[int]) -> None:

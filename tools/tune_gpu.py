@@ -42,7 +42,7 @@ from bench import timing, tuning  # noqa: E402
 from bench.compiling import Task, compile_all, settle_keys  # noqa: E402
 from bench.peers import in_layout  # noqa: E402
 from bench.tuning import BASE, GEMMS, Journal, Json, Point, Result, Search, Table, Tile, Trial, key  # noqa: E402
-from options import add_rows, check_counts, settle_rows  # noqa: E402
+from options import add_rows, check_counts, read_json, settle_rows  # noqa: E402
 from shapes import Row, rows  # noqa: E402
 from terminal import progress  # noqa: E402
 from torch_mxfp8moe import configs  # noqa: E402
@@ -413,12 +413,12 @@ def supervise(args, run: Callable[[dict], int]) -> int:
 
 def read_rules(path: str) -> list[Json]:
     """Rules in a JSON file, checked."""
-    try:
-        rules = json.loads(Path(path).read_text())
+
+    def check(rules):
         tuning.candidates_of(rules)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
-    return rules
+        return rules
+
+    return read_json(path, check)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
